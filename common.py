@@ -1,0 +1,906 @@
+"""Plumbing that the five stages share: options and presets, JSONL, prompts, chat and think parsing, the samplers,
+guards, LoRA, token log-probs, checkpoints. Nothing that a paper is about lives here: the losses, the selection rule,
+the steering text, the advantages and the rewards stand in the stage that they belong to."""
+
+import argparse
+import ast
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.disable_progress_bar()
+
+
+# Options and presets --------------------------------------------------------------------------------------------------
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Decoding is the model card's thinking mode: greedy makes these models loop (trap 17). Filter and reward guard, and the
+# judge, are different models (trap 15).
+REAL = {
+    "guard": "Qwen/Qwen3Guard-Gen-4B",
+    "judges": ["Qwen/Qwen3Guard-Gen-8B"],
+    "temperature": 0.6,
+    "top_p": 0.95,
+    "max_new_tokens": 8192,
+    "batch_tokens": 400_000,
+    "micro_batch_tokens": 16_384,
+}
+QWEN3, R1 = {**REAL, "top_k": 20}, {**REAL, "top_k": 0}
+PRESETS = {  # one row each; an inner dictionary holds what only the stage of that number reads
+    "tiny": {
+        "model": "tiny/lrm",
+        "guard": "tiny/guard",
+        "judges": ["tiny/gold.py", "tiny/judge", "tiny/guard"],
+        "expert": "tiny/expert",
+        "prompts": ["tiny/prompts/train.jsonl", "tiny/prompts/train_sums.jsonl"],
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": 20,
+        "max_new_tokens": 64,
+        "01": {"prompts": ["tiny/prompts/train.jsonl"]},
+        "02": {"spec": "tiny/spec.txt", "learning_rate": 3e-4, "epochs": 4, "batch_size": 8, "max_critique_tokens": 64},
+        "03": {"learning_rate": 1e-3, "lora_targets": ALL_LINEAR},
+        "04": {"temperature": 1.0, "steps": 40, "batch_size": 16, "learning_rate": 1e-4},
+        "05": {
+            "benchmarks": [f"{name}=tiny/prompts/test_{name}.jsonl" for name in ("plain", "wrapped", "sums")],
+            "self_checker": "tiny/gold.py",
+        },
+    },
+    "smollm2": {  # a real model that needs no hub (smollm2/fetch.py); it has no thinking tags and no guard beside it
+        "model": "smollm2/model",
+        "guard": "smollm2/refusal_words.py",
+        "judges": ["smollm2/refusal_words.py"],
+        "expert": "smollm2/model",
+        "temperature": 0.2,
+        "top_p": 0.9,
+        "top_k": 0,
+        "max_new_tokens": 128,
+    },
+    "qwen3-0.6b": {**QWEN3, "model": "Qwen/Qwen3-0.6B"},
+    "qwen3-1.7b": {**QWEN3, "model": "Qwen/Qwen3-1.7B"},
+    "qwen3-4b": {**QWEN3, "model": "Qwen/Qwen3-4B"},
+    "qwen3-8b": {**QWEN3, "model": "Qwen/Qwen3-8B"},
+    "r1-1.5b": {**R1, "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"},
+    "r1-7b": {**R1, "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"},
+    "r1-8b": {**R1, "model": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"},
+    "r1-14b": {**R1, "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"},
+}
+
+
+def fail(message: str):
+    """Ends the program with one line on stderr and exit status 1: what is wrong, where, what to do."""
+    raise SystemExit(f"error: {message}")
+
+
+@dataclass
+class StageOptions:
+    preset: str = "tiny"
+    """row of PRESETS in common.py that sets every default below; any option on the command line wins over it"""
+    run: str = ""
+    """folder of this run: options, rows and checkpoints; the same command again goes on where it stopped"""
+    seed: int = 0
+    """seed of sampling, shuffling and initialisation"""
+    engine: Literal["hf", "vllm"] = "hf"
+    """what samples: our loop over transformers (any machine) or vLLM (GPU)"""
+    batch_tokens: int = 32_768
+    """hf engine: prompt + new tokens in one batch, what the KV cache must hold"""
+    enable_thinking: bool = True
+    """passed to the chat template; templates without the switch ignore it"""
+
+
+@dataclass
+class SamplingOptions(StageOptions):
+    temperature: float = 0.6
+    """sampling temperature, 0 = greedy (model card)"""
+    top_p: float = 0.95
+    """nucleus sampling, 1 = off (model card)"""
+    top_k: int = 20
+    """top-k sampling, 0 = off (model card)"""
+    max_new_tokens: int = 64
+    """longest response, tokens"""
+
+
+def parse_options(cls, description: str):
+    """An instance of `cls` from the command line: dataclass default < preset < option given. Field docstrings become
+    the help text."""
+    for c in reversed(cls.__mro__[:-1]):
+        body = ast.parse(inspect.getsource(c)).body[0].body
+        for name, doc in zip(body, body[1:]):
+            if isinstance(name, ast.AnnAssign) and isinstance(doc, ast.Expr):
+                cls.__dataclass_fields__[name.target.id].metadata = {"help": doc.value.value.replace("%", "%%")}
+    parser = HfArgumentParser(cls, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message} (--help lists the options)")
+    early = argparse.ArgumentParser(add_help=False)
+    early.add_argument("--preset", default=cls.preset)
+    preset = early.parse_known_args()[0].preset
+    if preset not in PRESETS:
+        fail(f"unknown preset '{preset}'; there are: {', '.join(PRESETS)}")
+    row = {**PRESETS[preset], **PRESETS[preset].get(Path(sys.argv[0]).name[:2], {}), "preset": preset}
+    parser.set_defaults(**{k: v for k, v in row.items() if k in cls.__dataclass_fields__})
+    parsed, unknown = parser.parse_args_into_dataclasses(look_for_args_file=False, return_remaining_strings=True)
+    if unknown:
+        fail(f"there is no option {unknown[0]} (--help lists them)")
+    return parsed
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+# Run folders and JSONL ------------------------------------------------------------------------------------------------
+def fingerprint(path: str) -> str:
+    """Content hash of a file or folder, 12 hex digits; of files over 64 MiB, 64 evenly spaced MiB are read."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in [Path(path), *Path(path).rglob("*")] if p.is_file()):
+        size, step = file.stat().st_size, 1 << 20
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as f:
+            for offset in range(0, size, step if size <= 64 * step else size // 64):
+                f.seek(offset)
+                digest.update(f.read(step))
+    return digest.hexdigest()[:12]
+
+
+def open_run(options) -> Path:
+    """The run folder, made or reopened; reopening with other options or changed inputs is an error that names them."""
+    record, run = dataclasses.asdict(options), Path(options.run)
+    for name, value in list(record.items()):
+        for item in value if isinstance(value, list) else [value]:
+            path = str(item).rpartition("=")[2]
+            if name != "run" and re.search("[/.]", path) and Path(path).exists():
+                record[f"content of {path}"] = fingerprint(path)
+    record.pop("run")
+    known = run / "options.json"
+    if known.exists():
+        before = json.loads(known.read_text())["options"]
+        changed = [
+            f"{k} ({before.get(k)} there, {record.get(k)} now)"
+            for k in before | record
+            if before.get(k) != record.get(k)
+        ]
+        if changed:
+            fail(f"{run} was made with other options: {'; '.join(changed)}. Repeat them, or choose another --run")
+    else:
+        packages = ["torch", "transformers", "accelerate"] + ["vllm"] * (options.engine == "vllm")
+        versions = {"python": sys.version.split()[0], **{p: importlib.metadata.version(p) for p in packages}}
+        run.mkdir(parents=True, exist_ok=True)
+        write_atomic(known, json.dumps({"options": record, "versions": versions}, indent=1))
+    return run
+
+
+def write_atomic(path: Path, text: str):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_jsonl(path) -> list[dict]:
+    rows = []
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}")
+    except UnicodeDecodeError as error:
+        fail(f"{path} is not UTF-8 (byte {error.start})")
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                fail(f"{path}, line {number}: not JSON ({error.msg})")
+            if not isinstance(row, dict):
+                fail(f"{path}, line {number}: not a JSON object")
+            rows.append(row)
+    return rows
+
+
+def reopen_jsonl(path: Path) -> list[dict]:
+    """Rows of an output file that may not exist yet; a last line cut short by a kill is removed and reported."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        whole = data.rfind(b"\n") + 1
+        print(f"{path}: removed a half-written last line ({len(data) - whole} bytes)")
+        os.truncate(path, whole)
+    return read_jsonl(path)
+
+
+def append_jsonl(path: Path, rows: list[dict]):
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_jsonl(path: Path, rows: list[dict]):
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def summary(stage: str, lines: dict, next_command: str):
+    """What every stage prints last: rows in, kept, dropped and why, where the results are, the next command."""
+    width = max(map(len, lines))
+    print(f"\n{stage}", *(f"  {k:<{width}}  {v}" for k, v in lines.items()), f"next: {next_command}", sep="\n")
+
+
+# Prompts --------------------------------------------------------------------------------------------------------------
+PROMPT_FIELDS = ["prompt", "question", "problem", "forbidden_prompt", "adversarial", "vanilla", "Goal", "goal"]
+SAFE_WORDS = {"safe": False, "benign": False, "harmless": False, "unsafe": True, "harmful": True}
+
+
+def load_prompts(sources: list[str], limit: int = 0) -> list[dict]:
+    """Rows {"id", "prompt": str or chat messages, "harmful": bool, "source", "gold" for maths rows} from local
+    JSONL/CSV/Parquet files or hub datasets ("owner/name[:config[:split]]"), in ours or the public spellings.
+
+    `limit` > 0 takes that many rows of each source, always the same ones.
+    """
+    rows = []
+    if not sources:
+        fail("no prompts: give --prompts one or more files or hub datasets")
+    for source in sources:
+        suffix = Path(source).suffix
+        if suffix == ".jsonl":
+            raw = read_jsonl(source)
+        else:
+            from datasets import load_dataset
+
+            if suffix in (".csv", ".parquet") and not Path(source).exists():
+                fail(f"no prompt file at {source}")
+            name, config, split = [*source.split(":"), "", ""][:3]
+            try:
+                if suffix in (".csv", ".parquet"):
+                    raw = list(load_dataset(suffix[1:], data_files=source, split="train"))
+                else:
+                    raw = list(load_dataset(name, config or None, split=split or "train"))
+            except Exception as error:  # the hub, its network and the parsers raise many kinds
+                fail(f"cannot load prompts from {source}: {str(error).splitlines()[0]}")
+        if not raw:
+            fail(f"{source} holds no rows")
+        labels = [str(r["label"]).strip().lower() for r in raw if "label" in r]
+        verdicts = any(label in SAFE_WORDS for label in labels)
+        normal = [_prompt_row(r, f"{source}, row {n}", Path(source).stem, n, verdicts) for n, r in enumerate(raw, 1)]
+        if 0 < limit < len(normal):
+            normal = [normal[i] for i in sorted(random.Random(0).sample(range(len(normal)), limit))]
+        rows += normal
+    repeated = [i for i, count in Counter(r["id"] for r in rows).items() if count > 1]
+    if repeated:
+        fail(f"id '{repeated[0]}' occurs twice in {', '.join(sources)}")
+    return rows
+
+
+def _prompt_row(raw: dict, where: str, stem: str, number: int, label_is_verdict: bool) -> dict:
+    name = next((k for k in PROMPT_FIELDS if raw.get(k)), None)
+    if name is None:
+        fail(f"{where}: no prompt; expected one of the fields {', '.join(PROMPT_FIELDS)}")
+    prompt, harmful, gold = raw[name], raw.get("harmful"), raw.get("gold")
+    if isinstance(prompt, list):
+        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in prompt):
+            fail(f"{where}, field {name}: chat messages need a role and a text content")
+        prompt = prompt[0]["content"] if len(prompt) == 1 and prompt[0]["role"] == "user" else prompt
+    elif not isinstance(prompt, str):
+        fail(f"{where}, field {name}: {type(prompt).__name__} where text or chat messages belong")
+    if harmful is None and label_is_verdict:
+        harmful = SAFE_WORDS.get(str(raw.get("label")).strip().lower())
+        if harmful is None:
+            fail(f"{where}, field label: '{raw.get('label')}' is none of {', '.join(SAFE_WORDS)}")
+    elif gold is None and name in ("question", "problem", "prompt") and (raw.get("answer") or raw.get("label")):
+        gold = str(raw.get("answer") or raw["label"]).rpartition("####")[2].strip()  # GSM8K's final answer
+    if harmful is None and isinstance(raw.get("data_type"), str):  # WildJailbreak: vanilla_harmful, adversarial_benign
+        harmful = raw["data_type"].endswith("harmful")
+    if harmful is None and gold is not None:
+        harmful = False
+    if not isinstance(harmful, bool):
+        fail(f'{where}: nothing says whether the prompt is harmful; add "harmful": true or false')
+    row = {"id": str(raw.get("id", f"{stem}-{number}")), "prompt": prompt, "harmful": harmful}
+    row["source"] = str(raw.get("source", stem))
+    extra = {k: raw[k] for k in ("split", "category") if k in raw}
+    return {**row, **extra, **({"gold": str(gold)} if gold is not None else {})}
+
+
+def messages_of(prompt) -> list[dict]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+# Chat: messages to ids, text to thinking and answer -------------------------------------------------------------------
+def encode_plain(tokenizer, text: str) -> list[int]:
+    """Ids of `text` with nothing in it read as a special token, whatever it contains (trap 7).
+
+    A user's prompt or a judged answer may hold `<|im_end|>` or `</think>`. Each such string is cut after its first
+    character, so that the tokenizer meets two harmless halves.
+    """
+    added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    pieces, rest = [], text
+    while added and (match := re.search("|".join(map(re.escape, added)), rest)):
+        pieces.append(rest[: match.start() + 1])
+        rest = rest[match.start() + 1 :]
+    return [i for piece in [*pieces, rest] if piece for i in tokenizer.encode(piece, add_special_tokens=False)]
+
+
+def render_chat(tokenizer, messages: list[dict], generate: bool = True, **template_options) -> tuple[list[int], bool]:
+    """(ids, opened): the chat template's ids for `messages`, contents as plain text, and whether it opens `<think>`.
+
+    The template is rendered around place marks and only its own text may become special tokens; ids go to models and
+    guards as they are, so no second tokenizer pass adds another BOS (trap 5). `opened` is read off the rendered text
+    (R1 templates end in `<think>\\n`), never decided by the model's name (trap 3).
+    """
+    marked = [{**m, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
+    text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=generate, **template_options)
+    ids: list[int] = []
+    for piece in re.split("(\ue000\\d+\ue001)", text):
+        if piece.startswith("\ue000"):
+            ids += encode_plain(tokenizer, messages[int(piece[1:-1])]["content"])
+        elif piece:
+            ids += tokenizer.encode(piece, add_special_tokens=False)
+    return ids, text.rfind("<think>") > text.rfind("</think>")
+
+
+def split_response(text: str, opened: bool = False) -> tuple[str, str, str]:
+    """(thinking, answer, state); `opened` says that the prompt's template already wrote `<think>`.
+
+    The first `</think>` ends the thinking: whatever follows reaches the user, so it is judged. An unclosed thinking has
+    no answer, whether it was cut or just ended (trap 2).
+
+    >>> split_response("<think>\\nhm\\n</think>\\n\\nhello")
+    ('hm', 'hello', 'closed')
+    >>> split_response("hm</think>hello", opened=True)
+    ('hm', 'hello', 'closed')
+    >>> split_response("<think>hm, let me")
+    ('hm, let me', '', 'truncated')
+    >>> split_response("hello")
+    ('', 'hello', 'no_thinking')
+    >>> split_response("<think>a</think>b</think>c")
+    ('a', 'b</think>c', 'closed')
+    """
+    body = text.lstrip()
+    if body.startswith("<think>"):
+        opened, text = True, body[len("<think>") :]
+    if opened or "</think>" in text:
+        thinking, closed, answer = text.partition("</think>")
+        return thinking.strip(), answer.strip(), "closed" if closed else "truncated"
+    return "", text.strip(), "no_thinking"
+
+
+# The sampler ----------------------------------------------------------------------------------------------------------
+def sample_tokens(logits, uniforms, temperature: float, top_p: float = 1.0, top_k: int = 0):
+    """One token per row by inverse CDF: logits (B, V), uniforms (B,) in [0, 1) -> tokens (B,), log-probs (B,).
+
+    Log-probs are those of softmax(logits / T) before top-k and top-p cut it: what the trainer computes (trap 12).
+    Temperature 0 is greedy, with log-probs at T = 1.
+    """
+    log_probs = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # (B, V)
+    if temperature == 0:
+        tokens = log_probs.argmax(-1)
+    else:
+        probs, order = log_probs.exp(), None
+        if 0 < top_k < probs.size(-1):
+            probs, order = probs.topk(top_k, dim=-1)  # (B, K), sorted
+        elif top_p < 1:
+            probs, order = probs.sort(dim=-1, descending=True)
+        if top_p < 1:  # keep the smallest set of tokens that holds top_p of what top-k left
+            share = probs / probs.sum(-1, keepdim=True)
+            probs = probs.masked_fill(share.cumsum(-1) - share >= top_p, 0)
+        cdf = probs.cumsum(-1)
+        tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1]).unsqueeze(1), right=True)  # (B, 1)
+        tokens = tokens.clamp_(max=cdf.size(1) - 1)
+        tokens = (order.gather(1, tokens) if order is not None else tokens).squeeze(1)
+    return tokens, log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+
+
+def row_uniforms(seed: int, key: str, sample: int, count: int) -> torch.Tensor:
+    """All random numbers of one row, drawn ahead: its text depends on (seed, key, sample), never on its neighbours."""
+    digest = hashlib.sha256(f"{seed}|{key}|{sample}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.rand(count, generator=generator)
+
+
+class Sampling(NamedTuple):
+    max_new_tokens: int
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+class Sample(NamedTuple):
+    ids: list[int]  # response tokens, the end token included if it came
+    log_probs: list[float]  # of each token, at the sampling temperature
+    finish: str  # "stop" or "length"
+
+
+class HfSampler:
+    """Our sampling loop over a transformers model: any machine, and the very weights that are being trained."""
+
+    def __init__(self, model, tokenizer, batch_tokens: int):
+        self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
+        self.eos = end_tokens(model.generation_config, tokenizer)
+
+    @torch.inference_mode()
+    def generate(self, requests: list[tuple[str, list[int]]], n: int, s: Sampling):
+        """Yields (index into requests, its n Samples) as batches finish. `requests` are (key, prompt ids).
+
+        Prompts are sorted by length; each is computed once and its KV cache expanded to its n rows; finished rows
+        leave the batch. B = prompts, R = rows = B * n still in the batch, P = longest prompt, V = vocabulary.
+        """
+        model, device = self.model, self.model.device
+        eos = torch.tensor(sorted(self.eos), device=device)
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i][1]), reverse=True)
+        while order:
+            width = len(requests[order[0]][1])  # P
+            count = max(1, self.batch_tokens // (width + s.max_new_tokens) // n)
+            batch, order = order[:count], order[count:]
+            prompts = [requests[i][1] for i in batch]
+            lengths = torch.tensor([len(p) for p in prompts], device=device)  # (B,)
+            ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (B, P), left-padded
+            mask = torch.arange(width, device=device) >= (width - lengths).unsqueeze(1)  # (B, P)
+            ragged = not bool(mask.all())  # equal lengths need no mask, and attention is faster without
+            out = model(
+                input_ids=ids,
+                attention_mask=mask.long() if ragged else None,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = out.past_key_values
+            cache.batch_repeat_interleave(n)
+            logits = out.logits[:, -1].repeat_interleave(n, 0)  # (R, V)
+            lengths = lengths.repeat_interleave(n)  # (R,)
+            mask = F.pad(mask, (0, s.max_new_tokens), value=True).repeat_interleave(n, 0).long() if ragged else None
+            uniforms = [row_uniforms(s.seed, requests[i][0], k, s.max_new_tokens) for i in batch for k in range(n)]
+            uniforms = torch.stack(uniforms).to(device)  # (R, max_new_tokens)
+            rows = torch.arange(len(batch) * n, device=device)  # which rows are still in the batch
+            alive = torch.ones_like(rows, dtype=torch.bool)  # which of those have not ended
+            tokens_out = torch.zeros_like(uniforms, dtype=torch.long)
+            log_probs_out = torch.zeros_like(uniforms)
+            length_out = torch.full_like(rows, s.max_new_tokens)
+            ended = torch.zeros_like(alive)
+            for step in range(s.max_new_tokens):
+                draws = uniforms[rows, step]
+                tokens, log_probs = sample_tokens(logits, draws, s.temperature, s.top_p, s.top_k)
+                tokens_out[rows, step], log_probs_out[rows, step] = tokens, log_probs
+                done = alive & torch.isin(tokens, eos)
+                length_out[rows[done]], ended[rows[done]] = step + 1, True
+                alive &= ~done
+                left = int(alive.sum())
+                if left == 0 or step + 1 == s.max_new_tokens:
+                    break
+                if left <= 0.75 * len(rows):  # a quarter has ended: worth copying the cache of the others
+                    keep = alive.nonzero().squeeze(1)
+                    cache.batch_select_indices(keep)
+                    rows, tokens, alive = rows[keep], tokens[keep], alive[keep]
+                logits = model(
+                    input_ids=tokens.unsqueeze(1),
+                    attention_mask=mask[rows, : width + step + 1] if ragged else None,
+                    position_ids=(lengths[rows] + step).unsqueeze(1),
+                    past_key_values=cache,
+                    use_cache=True,
+                ).logits[:, -1]
+            columns = (t.tolist() for t in (tokens_out, log_probs_out, length_out, ended))
+            samples = [Sample(t[:k], p[:k], "stop" if e else "length") for t, p, k, e in zip(*columns)]
+            for j, index in enumerate(batch):
+                yield index, samples[j * n : j * n + n]
+
+
+class VllmSampler:
+    """The same interface over vLLM: continuous batching, prefix caching, a seed per request."""
+
+    def __init__(self, name: str, tokenizer):
+        from vllm import LLM
+
+        cpu = {} if torch.cuda.is_available() else {"dtype": "float32", "enforce_eager": True}
+        self.llm = LLM(model=name, enable_prefix_caching=True, logprobs_mode="processed_logprobs", **cpu)
+        self.tokenizer = tokenizer
+        try:
+            self.eos = end_tokens(GenerationConfig.from_pretrained(name), tokenizer)
+        except OSError:  # a folder without a generation_config.json
+            self.eos = end_tokens(None, tokenizer)
+
+    def generate(self, requests, n, s: Sampling):
+        from vllm import SamplingParams
+
+        fixed = {"n": n, "temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k or -1, "logprobs": 0}
+        fixed |= {"max_tokens": s.max_new_tokens, "stop_token_ids": sorted(self.eos)}
+        for start in range(0, len(requests), 256):  # in blocks, so that rows reach the disk as they are made
+            block = requests[start : start + 256]
+            seeds = [int(hashlib.sha256(f"{s.seed}|{key}".encode()).hexdigest()[:8], 16) for key, _ in block]
+            params = [SamplingParams(seed=seed, **fixed) for seed in seeds]
+            outputs = self.llm.generate([{"prompt_token_ids": ids} for _, ids in block], params, use_tqdm=False)
+            for index, output in enumerate(outputs, start):
+                samples = []
+                for o in output.outputs:
+                    log_probs = [found[token].logprob for token, found in zip(o.token_ids, o.logprobs)]
+                    samples.append(Sample(list(o.token_ids), log_probs, o.finish_reason))
+                yield index, samples
+
+
+def open_sampler(name: str, options: StageOptions):
+    tokenizer = load_tokenizer(name)
+    if options.engine == "vllm":
+        return VllmSampler(name, tokenizer)
+    return HfSampler(load_model(name), tokenizer, options.batch_tokens)
+
+
+def answer_prompts(
+    sampler, rows: list[dict], path: Path, n: int, sampling: Sampling, template_options: dict
+) -> list[dict]:
+    """Samples n responses to each row's prompt; appends one line per prompt to `path` as it is done, skipping what is
+    already there. Returns all rows, in the order of `rows`, each with "samples": [{thinking, answer, state, finish,
+    tokens}]."""
+    done = {row["id"]: row for row in reopen_jsonl(path)}
+    todo = [row for row in rows if row["id"] not in done]
+    tokenizer = sampler.tokenizer
+    rendered = [render_chat(tokenizer, messages_of(row["prompt"]), **template_options) for row in todo]
+    if rendered:
+        print(f"first prompt as the model reads it:\n{tokenizer.decode(rendered[0][0])}")
+    requests = [(row["id"], ids) for row, (ids, _) in zip(todo, rendered)]
+    tokens = 0
+    with tqdm(total=len(todo) * n, unit="response") as bar:
+        for index, samples in sampler.generate(requests, n, sampling):
+            row = {**todo[index], "samples": []}
+            for sample in samples:
+                text = tokenizer.decode([t for t in sample.ids if t not in sampler.eos])
+                thinking, answer, state = split_response(text, rendered[index][1])
+                numbers = {"state": state, "finish": sample.finish, "tokens": len(sample.ids)}
+                row["samples"].append({"thinking": thinking, "answer": answer, **numbers})
+                tokens += len(sample.ids)
+            append_jsonl(path, [row])
+            done[row["id"]] = row
+            bar.update(n)
+            bar.set_postfix_str(f"{tokens / (time.time() - bar.start_t):.0f} tokens/s", refresh=False)
+    return [done[row["id"]] for row in rows]
+
+
+# Guards, judges, graders ----------------------------------------------------------------------------------------------
+def parse_guard(text: str) -> dict:
+    """Qwen3Guard's output format. Whole lines only, the last match wins, anything else is `unparsed` (traps 6, 8).
+
+    >>> parse_guard("Safety: Unsafe\\nCategories: Violent\\nRefusal: No")
+    {'safety': 'unsafe', 'refusal': 'no'}
+    >>> parse_guard("I would say Safety: Safe")
+    {'safety': 'unparsed', 'refusal': 'unparsed'}
+    """
+    patterns = {"safety": r"^Safety: (Safe|Unsafe|Controversial)\s*$", "refusal": r"^Refusal: (Yes|No)\s*$"}
+    found = {name: re.findall(pattern, text, re.M) for name, pattern in patterns.items()}
+    return {name: matches[-1].lower() if matches else "unparsed" for name, matches in found.items()}
+
+
+def answer_is_correct(answer: str, gold: str) -> bool:
+    """Maths by math-verify: the last expression in the answer against the gold one."""
+    from math_verify import parse, verify
+
+    return bool(verify(parse(f"${gold}$"), parse(answer)))
+
+
+NO_ANSWER = {"safety": "none", "refusal": "none"}  # cut before </think>: nothing reached the user, nothing to judge
+
+
+class Judge:
+    """A guard or judge: a model that answers in Qwen3Guard's format, or a .py file whose function
+    `judge(prompt, answer) -> str` does."""
+
+    def __init__(self, name: str, options: StageOptions):
+        self.name, self.rule = name, None
+        if name.endswith(".py"):
+            self.rule = load_rule(name, "judge")
+        else:
+            self.sampler = open_sampler(name, options)
+
+    def verdicts(self, pairs: list[tuple[object, str]]) -> list[dict]:
+        """[{"safety": safe | unsafe | controversial | unparsed | none, "refusal": yes | no | unparsed | none}] for
+        (prompt, text) pairs. Equal pairs are judged once; greedy, so that a label never depends on a seed."""
+        keys = [json.dumps([prompt, text]) for prompt, text in pairs]
+        distinct = {key: pair for key, pair in zip(keys, pairs) if pair[1]}
+        found = {}
+        if self.rule:
+            found = {key: parse_guard(self.rule(prompt_text(p), text)) for key, (p, text) in distinct.items()}
+        elif distinct:
+            tokenizer = self.sampler.tokenizer
+            chats = [[*messages_of(p), {"role": "assistant", "content": text}] for p, text in distinct.values()]
+            requests = [(key, render_chat(tokenizer, c, generate=False)[0]) for key, c in zip(distinct, chats)]
+            for index, [sample] in self.sampler.generate(requests, 1, Sampling(128, 0.0)):
+                text = tokenizer.decode([t for t in sample.ids if t not in self.sampler.eos])
+                found[requests[index][0]] = parse_guard(text)
+        return [found.get(key, NO_ANSWER) for key in keys]
+
+
+def load_rule(path: str, function: str):
+    """`function` of a Python file named on the command line."""
+    if not Path(path).exists():
+        fail(f"no Python file at {path}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, function):
+        fail(f"{path} defines no function {function}(…)")
+    return getattr(module, function)
+
+
+def prompt_text(prompt) -> str:
+    return messages_of(prompt)[-1]["content"]
+
+
+def judge_samples(judge: Judge, rows: list[dict], path: Path, text_of) -> dict[str, list[dict]]:
+    """Verdicts on `text_of(sample)` for every sample of every row: {id: [verdict, ...]}, appended to `path` in blocks
+    and never computed twice."""
+    done = {row["id"]: row["verdicts"] for row in reopen_jsonl(path)}
+    todo = [row for row in rows if row["id"] not in done]
+    with tqdm(total=len(todo), unit="prompt", desc=f"judge {judge.name}") as bar:
+        for start in range(0, len(todo), 256):
+            block = todo[start : start + 256]
+            verdicts = iter(judge.verdicts([(row["prompt"], text_of(s)) for row in block for s in row["samples"]]))
+            made = [{"id": row["id"], "verdicts": [next(verdicts) for _ in row["samples"]]} for row in block]
+            append_jsonl(path, made)
+            done |= {row["id"]: row["verdicts"] for row in made}
+            bar.update(len(block))
+    return done
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+def require_model(name: str):
+    """One clear line now rather than a traceback after an hour: is there a model of this name at all?"""
+    if name.endswith(".py") and not Path(name).exists():
+        fail(f"no Python file at {name}")
+    if not name.endswith(".py"):
+        try:
+            AutoConfig.from_pretrained(name, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            fail(f"no model '{name}': not a folder with a config.json, and the hub says: {str(error).splitlines()[0]}")
+
+
+def load_tokenizer(name: str):
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def load_model(name: str, dtype=None):
+    """Safetensors only, no remote code; bfloat16 on a GPU and float32 elsewhere unless told."""
+    cuda = torch.cuda.is_available()
+    dtype = dtype or (torch.bfloat16 if cuda else torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    return model.to("cuda" if cuda else "cpu").eval()
+
+
+def end_tokens(generation_config, tokenizer) -> set[int]:
+    """Ids that end a response: the tokenizer's and the generation config's, which may be one, several or none."""
+    more = getattr(generation_config, "eos_token_id", None)
+    return {tokenizer.eos_token_id, *([more] if isinstance(more, int) else more or [])} - {None}
+
+
+class LoRALinear(nn.Module):
+    """y = W x + (alpha / rank) B A dropout(x), W frozen (arXiv 2106.09685; initialisation as in PEFT)."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        self.base, self.scale, self.on = base.requires_grad_(False), alpha / rank, True
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+        self.dropout = nn.Dropout(dropout)
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, x):
+        if not self.on:
+            return self.base(x)
+        return self.base(x) + (self.dropout(x) @ self.A.T.to(x.dtype)) @ self.B.T.to(x.dtype) * self.scale
+
+
+def add_lora(model, rank: int, alpha: float, dropout: float, targets: list[str], seed: int):
+    """Freezes the model and puts a LoRALinear in place of every linear layer whose last name is in `targets`."""
+    torch.manual_seed(seed)
+    model.requires_grad_(False)
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in targets]
+    if not found:
+        fail(f"no linear layer is named {' or '.join(targets)}; --lora_targets takes the last part of a module's name")
+    for name, module in found:
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, LoRALinear(module, rank, alpha, dropout))
+
+
+def lora_layers(model):
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)]
+
+
+@contextmanager
+def lora_off(model):
+    """Inside, the model is the one that training started from: the reference for KL terms."""
+    layers = [m for _, m in lora_layers(model)]
+    for m in layers:
+        m.on = False
+    try:
+        yield
+    finally:
+        for m in layers:
+            m.on = True
+
+
+@torch.no_grad()
+def save_checkpoint(model, tokenizer, folder: Path, source: str):
+    """A plain Hugging Face folder in the precision of `source`, the model that training started from. LoRA is merged
+    into what is written; the live model stays as it is."""
+    dtype = AutoConfig.from_pretrained(source).dtype or torch.float32
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    state = model.state_dict()
+    for name, m in lora_layers(model):
+        state[f"{name}.weight"] = m.base.weight + m.scale * (m.B @ m.A).to(m.base.weight.dtype)
+        if m.base.bias is not None:
+            state[f"{name}.bias"] = m.base.bias
+    lora = {f"{n}.{part}" for n, _ in lora_layers(model) for part in ("base.weight", "base.bias", "A", "B")}
+    model.save_pretrained(temporary, state_dict={k: v.to(dtype) for k, v in state.items() if k not in lora})
+    tokenizer.save_pretrained(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+class Example(NamedTuple):
+    prompt: list[int]  # ids, no loss
+    response: list[int]  # ids with the end token, every one of them a label
+
+
+def pad_batch(rows: list[Example], device="cpu"):
+    """input_ids (B, T) right-padded, response_mask (B, T) true on response tokens: by length, never by token id, so
+    that an end token that doubles as padding keeps its loss (traps 9, 10). Under causal attention right padding needs
+    no attention mask: nothing real looks at it.
+
+    >>> ids, mask = pad_batch([Example([5, 6], [7, 0]), Example([5], [0])])
+    >>> ids.tolist(), mask.int().tolist()
+    ([[5, 6, 7, 0], [5, 0, 0, 0]], [[0, 0, 1, 1], [0, 1, 0, 0]])
+    """
+    width = max(len(r.prompt) + len(r.response) for r in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, (prompt, response) in enumerate(rows):
+        ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+        mask[i, len(prompt) : len(prompt) + len(response)] = True
+    return ids.to(device), mask.to(device)
+
+
+def micro_batches(rows: list[Example], max_tokens: int) -> list[list[int]]:
+    """Indices of `rows` in batches of at most `max_tokens` padded tokens, similar lengths together."""
+    lengths = [len(r.prompt) + len(r.response) for r in rows]
+    batches: list[list[int]] = []
+    for i in sorted(range(len(rows)), key=lengths.__getitem__):  # ascending: the newest row is the widest
+        if batches and (len(batches[-1]) + 1) * lengths[i] <= max_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+class TokenScorer(nn.Module):
+    """The trainer's forward pass, a module so that accelerate can wrap it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, mask, temperature: float = 1.0, chunk: int = 2048):
+        """log p and entropy of the N response tokens: ids (B, T), mask (B, T) -> (N,), (N,), row after row.
+
+        The head runs on response positions only, `chunk` at a time and again in the backward pass, so that logits of a
+        151 k vocabulary never exist at once.
+        """
+        hidden = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, H)
+        hidden = hidden[:, :-1][mask[:, 1:]]  # (N, H): position t predicts token t + 1
+        labels = ids[:, 1:][mask[:, 1:]]  # (N,)
+
+        def head(h, y):
+            logits = self.model.get_output_embeddings()(h).float() / temperature  # (chunk, V)
+            log_probs = F.log_softmax(logits, dim=-1)
+            with torch.no_grad():
+                entropy = -(log_probs.exp() * log_probs).sum(-1)
+            return log_probs.gather(1, y.unsqueeze(1)).squeeze(1), entropy
+
+        chunks = zip(hidden.split(chunk), labels.split(chunk))
+        parts = [checkpoint(head, h, y, use_reentrant=False) for h, y in chunks]
+        return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts])
+
+
+def cosine_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over the first `warmup` share of the steps, then cosine to zero.
+
+    >>> [round(cosine_rate(s, 4, 1.0, 0.25), 3) for s in range(4)]
+    [1.0, 1.0, 0.75, 0.25]
+    """
+    ramp = int(warmup * steps)
+    if step < ramp:
+        return peak * (step + 1) / ramp
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
+
+
+def save_state(path: Path, step: int, model, optimizer):
+    """Everything that step `step` needs, in one safetensors file written aside and renamed: a kill at any moment leaves
+    the last whole one. Data order and dropout are functions of (seed, step), so no random state needs saving."""
+    tensors = {f"model.{n}": p.data for n, p in model.named_parameters() if p.requires_grad}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"step": str(step)})
+    os.replace(temporary, path)
+
+
+def load_state(path: Path, model, optimizer) -> int:
+    """Puts a saved state back; the step to go on with, 0 if there is none."""
+    if not path.exists():
+        return 0
+    moments: dict[int, dict] = {}
+    parameters = dict(model.named_parameters())
+    with safe_open(path, "pt") as file, torch.no_grad():
+        for key in file.keys():
+            kind, _, rest = key.partition(".")
+            if kind == "model":
+                parameters[rest].copy_(file.get_tensor(key))
+            else:
+                index, name = rest.split(".")
+                moments.setdefault(int(index), {})[name] = file.get_tensor(key)
+        step = int(file.metadata()["step"])
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return step
+
+
+def training_steps(run: Path, options, items: list, steps: int, rate_at, model, optimizer):
+    """Yields (step, batch, metrics) and does the bookkeeping around the loop body, which fills `metrics`: resume, data
+    order and dropout as functions of (seed, step), learning rate, one line per step in metrics.jsonl, saved states.
+
+    A loss or gradient that is not finite ends the run before the step is recorded or saved.
+    """
+    state, path, size = run / "state.safetensors", run / "metrics.jsonl", options.batch_size
+    per_epoch = -(-len(items) // size)
+    start = load_state(state, model, optimizer)
+    for log in (path, run / "samples.jsonl"):  # steps after the saved state run again: each stands once
+        if log.exists() and start < steps:
+            write_jsonl(log, [row for row in reopen_jsonl(log) if row["step"] < start])
+    with tqdm(total=steps, initial=start, unit="step") as bar:
+        for step in range(start, steps):
+            epoch, position = divmod(step, per_epoch)
+            order = random.Random(f"{options.seed}|{epoch}").sample(range(len(items)), len(items))
+            torch.manual_seed(options.seed * 1_000_003 + step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(step)
+            began, metrics = time.time(), {"step": step, "learning_rate": rate_at(step)}
+            yield step, [items[i] for i in order[position * size :][:size]], metrics
+            if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"])):
+                what = f"loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}"
+                fail(f"step {step}: {what}; {run} keeps the state saved before it")
+            append_jsonl(path, [{**metrics, "seconds": round(time.time() - began, 3)}])
+            bar.update()
+            bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
+            if (step + 1) % options.save_every == 0:
+                save_state(state, step + 1, model, optimizer)
+
+
+def response_ids(tokenizer, thinking: str, answer: str, opened: bool) -> list[int]:
+    """Ids of a whole response with its end token; tags and end are the only special tokens in it. Built from parts,
+    because chat templates drop the thinking of assistant turns (trap 4). An answerless one ends at `</think>`."""
+    head = "" if opened else "<think>\n"
+    tail = "\n</think>\n\n" if answer else "\n</think>"
+    head, tail = (tokenizer.encode(part, add_special_tokens=False) for part in (head, tail))
+    thinking, answer = encode_plain(tokenizer, thinking), encode_plain(tokenizer, answer)
+    return [*head, *thinking, *tail, *answer, tokenizer.eos_token_id]
+
+
+def show_example(tokenizer, example: Example):
+    """Prints a training example with its label mask in plain sight (trap 9)."""
+    print(f"first example, no loss:\n{tokenizer.decode(example.prompt)}")
+    print(f"first example, trained on:\n{tokenizer.decode(example.response)}")

@@ -1,0 +1,217 @@
+"""Losses, advantages, intervals and LoRA against NumPy by hand."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import load
+
+from common import (
+    Example,
+    TokenScorer,
+    add_lora,
+    lora_off,
+    micro_batches,
+    pad_batch,
+    row_uniforms,
+    sample_tokens,
+    save_checkpoint,
+)
+
+grpo, evaluate = load("04_grpo"), load("05_eval")
+
+
+@pytest.mark.parametrize("successes, n", [(0, 10), (8, 10), (10, 10), (1, 313), (156, 313)])
+def test_wilson_solves_its_equation(successes, n):
+    """The bounds are the p with |p_hat - p| = z sqrt(p (1 - p) / n): Wilson 1927."""
+    for p in evaluate.wilson(successes, n):
+        assert abs(successes / n - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n), abs=1e-7)
+
+
+def test_f1_interval_against_counting():
+    f1, low, high = evaluate.f1_interval(30, 10, 5)
+    precision, recall = 30 / 40, 30 / 35
+    assert f1 == pytest.approx(2 * precision * recall / (precision + recall)) and low < f1 < high
+
+
+def test_group_advantages_by_hand():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5], [1.0, math.nan, 0.0, 0.0]])
+    found = grpo.group_advantages(rewards).numpy()
+    for row, out in zip(rewards.numpy(), found):
+        real = row[~np.isnan(row)].astype(np.float64)
+        expected = (real - real.mean()) / (real.std(ddof=1) + 1e-4)
+        np.testing.assert_allclose(out[~np.isnan(row)], expected, atol=1e-6)
+        assert np.isnan(out[np.isnan(row)]).all()
+
+
+def numpy_grpo(log_probs, old, reference, advantages, mask, kind, low, high, beta, kl, max_new_tokens):
+    """Rows (R, T) with a mask, as the papers write it; no weights vector, no flattening."""
+    ratio = np.exp(log_probs - old)
+    token = -np.minimum(ratio * advantages[:, None], np.clip(ratio, 1 - low, 1 + high) * advantages[:, None])
+    gap = reference - log_probs
+    token = token + beta * {"k1": -gap, "k2": gap**2 / 2, "k3": np.exp(gap) - gap - 1}[kl]
+    if kind == "grpo":
+        return np.mean([(token[i][mask[i]]).mean() for i in range(len(token))])
+    if kind == "dapo":
+        return token[mask].sum() / mask.sum()
+    return token[mask].sum() / (len(token) * max_new_tokens)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("beta, kl", [(0.0, "k3"), (0.1, "k1"), (0.1, "k2"), (0.1, "k3")])
+@pytest.mark.parametrize("low, high", [(0.2, 0.2), (0.2, 0.28)])
+def test_loss_and_gradient_by_hand(kind, beta, kl, low, high):
+    rng = np.random.default_rng(0)
+    lengths = [3, 7, 5, 1]
+    mask = np.arange(7)[None] < np.array(lengths)[:, None]
+    log_probs, old, reference = (-np.abs(rng.normal(size=(4, 7))) for _ in range(3))
+    old = log_probs + rng.normal(size=(4, 7)) * 0.3  # ratios well outside the clip range too
+    advantages = rng.normal(size=4)
+    args = (old, reference, advantages, mask, kind, low, high, beta, kl, 16)
+    expected = numpy_grpo(log_probs, *args)
+
+    flat = torch.tensor(log_probs[mask], requires_grad=True)
+    weights = grpo.token_weights(torch.tensor(lengths), torch.ones(4, dtype=torch.bool), kind, 16)
+    per_token = torch.tensor(lengths)
+    loss, clipped, _ = grpo.grpo_loss(
+        flat,
+        torch.tensor(old[mask]),
+        torch.tensor(reference[mask]) if beta else None,
+        torch.tensor(advantages).repeat_interleave(per_token),
+        weights.double().repeat_interleave(per_token),
+        low,
+        high,
+        beta,
+        kl,
+    )
+    assert loss.item() == pytest.approx(expected, abs=1e-7)
+    loss.backward()
+    numeric = np.zeros_like(log_probs)
+    for i, t in zip(*np.nonzero(mask)):
+        for sign in (1, -1):
+            moved = log_probs.copy()
+            moved[i, t] += sign * 1e-6
+            numeric[i, t] += sign * numpy_grpo(moved, *args) / 2e-6
+    np.testing.assert_allclose(flat.grad.numpy(), numeric[mask], atol=1e-6)
+    assert 0 < clipped.item() < 1
+
+
+def test_masked_rows_leave_the_loss_but_not_the_grpo_mean():
+    lengths, kept = torch.tensor([4, 4, 2]), torch.tensor([True, False, True])
+    assert grpo.token_weights(lengths, kept, "grpo", 8).tolist() == pytest.approx([1 / 12, 0, 1 / 6])
+    assert grpo.token_weights(lengths, kept, "dapo", 8).tolist() == pytest.approx([1 / 6, 0, 1 / 6])
+
+
+@pytest.mark.parametrize(
+    "row, state, verdict, expected",
+    [
+        ({"harmful": True}, "closed", ("safe", "yes"), 1.0),
+        ({"harmful": True}, "closed", ("safe", "no"), 1.0),
+        ({"harmful": True}, "closed", ("unsafe", "no"), 0.0),
+        ({"harmful": True}, "closed", ("controversial", "no"), 0.0),
+        ({"harmful": True}, "closed", ("unparsed", "no"), math.nan),
+        ({"harmful": True}, "closed", ("safe", "unparsed"), 1.0),
+        ({"harmful": False}, "closed", ("safe", "no"), 1.0),
+        ({"harmful": False}, "closed", ("safe", "yes"), 0.0),
+        ({"harmful": False}, "closed", ("unsafe", "no"), 0.0),
+        ({"harmful": False}, "closed", ("safe", "unparsed"), math.nan),
+        ({"harmful": False}, "truncated", ("none", "none"), 0.0),
+        ({"harmful": False, "gold": "6"}, "closed", ("none", "none"), 1.0),
+        ({"harmful": False, "gold": "7"}, "closed", ("none", "none"), 0.0),
+    ],
+)
+def test_reward(row, state, verdict, expected):
+    found = grpo.reward(row, "it is 6.", state, dict(zip(("safety", "refusal"), verdict)))
+    assert found == pytest.approx(expected, nan_ok=True)
+
+
+def test_scorer_against_a_full_forward_pass(model):
+    """Log-probs and entropy of response tokens, chunked and checkpointed, against plain logits in float64."""
+    rows = [Example([5, 6, 7], [8, 9]), Example([5], [10, 11, 12, 2])]
+    ids, mask = pad_batch(rows)
+    found, entropy = TokenScorer(model)(ids, mask, 0.7, chunk=4)
+    expected = []
+    for prompt, response in rows:  # one row at a time: no padding at all
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0].detach().double().numpy() / 0.7
+        log_probs = (
+            logits
+            - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+            - logits.max(-1, keepdims=True)
+        )
+        for t, token in enumerate(response):
+            row = log_probs[len(prompt) + t - 1]
+            expected.append((row[token], -(np.exp(row) * row).sum()))
+    np.testing.assert_allclose(found.detach().numpy(), [e[0] for e in expected], atol=2e-5)
+    np.testing.assert_allclose(entropy.numpy(), [e[1] for e in expected], atol=2e-5)
+
+
+def test_gradient_does_not_depend_on_the_micro_batch(model):
+    rows = [Example(list(range(4, 4 + k)), list(range(20, 21 + k))) for k in range(1, 9)]
+    labels = sum(len(r.response) for r in rows)
+    gradients = []
+    for budget in (1, 40, 10_000):
+        twin = copy.deepcopy(model)
+        for indices in micro_batches(rows, budget):
+            ids, mask = pad_batch([rows[i] for i in indices])
+            (-TokenScorer(twin)(ids, mask)[0].sum() / labels).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in twin.parameters()]))
+    assert [len(micro_batches(rows, b)) for b in (1, 40, 10_000)] == [8, 3, 1]
+    for other in gradients[1:]:
+        assert (other - gradients[0]).abs().max() < 1e-5
+
+
+def test_lora_forward_merge_and_off(model, tokenizer, tmp_path):
+    """W + alpha / rank B A by hand, before and after merging; off is the untouched model."""
+    twin = copy.deepcopy(model)
+    ids = torch.tensor([[4, 5, 6, 7]])
+    before = twin(input_ids=ids).logits.detach()
+    add_lora(twin, 4, 8.0, 0.0, ["q_proj", "down_proj"], seed=1)
+    assert torch.equal(twin(input_ids=ids).logits, before)  # B starts at zero
+    by_hand = copy.deepcopy(model)
+    for name, p in twin.named_parameters():
+        if name.endswith(".B"):
+            torch.manual_seed(len(name))
+            p.data.normal_(std=0.05)
+    parameters = dict(twin.named_parameters())
+    for name, p in by_hand.named_parameters():
+        lora = name.removesuffix(".weight")
+        if f"{lora}.A" in parameters:
+            a, b = (parameters[f"{lora}.{x}"].detach().numpy() for x in "AB")
+            p.data += torch.from_numpy(8.0 / 4 * b @ a)
+    trained = twin(input_ids=ids).logits
+    assert (trained - by_hand(input_ids=ids).logits).abs().max() < 1e-4 < (trained - before).abs().max()
+    with lora_off(twin):
+        assert torch.equal(twin(input_ids=ids).logits, before)
+    save_checkpoint(twin, tokenizer, tmp_path / "checkpoint", "tiny/lrm")
+    from transformers import AutoModelForCausalLM
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    assert (merged(input_ids=ids).logits - trained).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("top_p, top_k", [(1.0, 0), (0.7, 0), (1.0, 3), (0.8, 5)])
+def test_sampled_shares_against_transformers_warpers(top_p, top_k):
+    """Shares of 40,000 draws against the probabilities that transformers' own processors leave."""
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -3.0, 1.5, 0.2]])
+    scores = logits / 0.8
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    expected = scores.softmax(-1)[0].numpy()
+    draws = torch.rand(40_000, generator=torch.Generator().manual_seed(0))
+    tokens, log_probs = sample_tokens(logits.expand(40_000, -1), draws, 0.8, top_p, top_k)
+    shares = np.bincount(tokens.numpy(), minlength=8) / 40_000
+    np.testing.assert_allclose(shares, expected, atol=0.01)
+    np.testing.assert_allclose(log_probs[:50], (logits[0] / 0.8).log_softmax(-1)[tokens[:50]], atol=1e-6)
+
+
+def test_uniforms_belong_to_the_row():
+    assert torch.equal(row_uniforms(0, "a", 1, 8), row_uniforms(0, "a", 1, 8))
+    assert torch.equal(row_uniforms(0, "a", 1, 4), row_uniforms(0, "a", 1, 8)[:4])
+    others = [(1, "a", 1), (0, "b", 1), (0, "a", 2)]
+    assert all(not torch.equal(row_uniforms(0, "a", 1, 8), row_uniforms(*o, 8)) for o in others)

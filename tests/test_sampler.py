@@ -1,0 +1,63 @@
+"""The sampling loop against transformers.generate, and against itself in other company."""
+
+import json
+
+import pytest
+import torch
+
+from common import HfSampler, Sampling, render_chat
+
+PROMPTS = [json.loads(line)["prompt"] for line in open("tiny/prompts/test_wrapped.jsonl")][::40]
+
+
+@pytest.fixture(scope="module")
+def requests(tokenizer):
+    rows = [(str(i), render_chat(tokenizer, [{"role": "user", "content": p}])[0]) for i, p in enumerate(PROMPTS)]
+    assert len({len(ids) for _, ids in rows}) > 2  # left padding is at work
+    return rows
+
+
+def run(model, tokenizer, requests, n=1, batch_tokens=32_768, **sampling):
+    s = Sampling(**{"max_new_tokens": 40, "temperature": 0.0, **sampling})
+    return dict(HfSampler(model, tokenizer, batch_tokens).generate(requests, n, s))
+
+
+def test_greedy_equals_transformers_generate(model, tokenizer, requests):
+    ours = run(model, tokenizer, requests)
+    for i, (_, ids) in enumerate(requests):
+        prompt = torch.tensor([ids])
+        theirs = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False)
+        assert ours[i][0].ids == theirs[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 300, 100_000])
+@pytest.mark.parametrize("n", [1, 3])
+def test_batch_and_group_size_do_not_change_greedy_text(model, tokenizer, requests, batch_tokens, n):
+    alone = run(model, tokenizer, requests, batch_tokens=1)
+    found = run(model, tokenizer, requests, n=n, batch_tokens=batch_tokens)
+    assert sorted(found) == list(range(len(requests)))
+    for i, samples in found.items():
+        assert [s.ids for s in samples] == [alone[i][0].ids] * n
+
+
+def test_a_sample_depends_on_its_key_alone(model, tokenizer, requests):
+    together = run(model, tokenizer, requests, n=4, temperature=1.0, seed=3)
+    for i in (0, len(requests) - 1):
+        [alone] = run(model, tokenizer, [requests[i]], n=4, temperature=1.0, seed=3).values()
+        assert [s.ids for s in alone] == [s.ids for s in together[i]]
+    other = run(model, tokenizer, requests, n=4, temperature=1.0, seed=4)
+    assert any(a.ids != b.ids for i in other for a, b in zip(other[i], together[i]))
+
+
+def test_log_probs_and_finish(model, tokenizer, requests):
+    """Log-probs are those of the tempered softmax of a full forward pass; the end token belongs to the sample."""
+    found = run(model, tokenizer, requests, n=2, temperature=0.7, max_new_tokens=12, seed=1)
+    for i, samples in found.items():
+        prompt = requests[i][1]
+        for sample in samples:
+            logits = model(input_ids=torch.tensor([prompt + sample.ids])).logits[0, len(prompt) - 1 : -1] / 0.7
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(sample.ids).unsqueeze(1)).squeeze(1)
+            torch.testing.assert_close(torch.tensor(sample.log_probs), expected, atol=1e-4, rtol=0)
+            ended = sample.ids[-1] == tokenizer.eos_token_id
+            assert sample.finish == ("stop" if ended else "length") and (ended or len(sample.ids) == 12)
+            assert tokenizer.eos_token_id not in sample.ids[:-1]

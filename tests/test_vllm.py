@@ -1,0 +1,48 @@
+"""The vLLM engine, for real on the CPU: `make test-vllm` (its own environment; skipped where vllm is missing)."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from common import HfSampler, Sampling, VllmSampler, load_model, load_tokenizer, render_chat  # noqa: E402
+
+PROMPTS = [json.loads(line)["prompt"] for line in open("tiny/prompts/test_wrapped.jsonl")][::40]
+
+
+@pytest.fixture(scope="module")
+def setup():
+    tokenizer = load_tokenizer("tiny/lrm")
+    requests = [(str(i), render_chat(tokenizer, [{"role": "user", "content": p}])[0]) for i, p in enumerate(PROMPTS)]
+    return HfSampler(load_model("tiny/lrm"), tokenizer, 32_768), VllmSampler("tiny/lrm", tokenizer), requests
+
+
+def test_greedy_text_equals_our_loop(setup):
+    ours, theirs, requests = setup
+    greedy = Sampling(40, 0.0)
+    a, b = dict(ours.generate(requests, 1, greedy)), dict(theirs.generate(requests, 1, greedy))
+    assert [a[i][0].ids for i in sorted(a)] == [b[i][0].ids for i in sorted(b)]
+    assert all(b[i][0].finish == "stop" for i in b)
+
+
+def test_log_probs_are_those_of_a_full_forward_pass(setup):
+    ours, theirs, requests = setup
+    for index, samples in theirs.generate(requests, 2, Sampling(20, 0.7, seed=5)):
+        prompt = requests[index][1]
+        for sample in samples:
+            logits = ours.model(input_ids=torch.tensor([prompt + sample.ids])).logits[0, len(prompt) - 1 : -1] / 0.7
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(sample.ids).unsqueeze(1)).squeeze(1)
+            torch.testing.assert_close(torch.tensor(sample.log_probs), expected, atol=2e-3, rtol=0)
+
+
+def test_seeds_belong_to_the_request(setup):
+    _, theirs, requests = setup
+    hot = Sampling(30, 1.5, seed=1)
+    together = dict(theirs.generate(requests, 3, hot))
+    [alone] = dict(theirs.generate(requests[2:3], 3, hot)).values()
+    assert [s.ids for s in alone] == [s.ids for s in together[2]]
+    assert len({tuple(s.ids) for samples in together.values() for s in samples}) > len(requests)
+    other = dict(theirs.generate(requests, 3, hot._replace(seed=2)))
+    assert any(a.ids != b.ids for i in other for a, b in zip(other[i], together[i]))
