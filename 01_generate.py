@@ -89,6 +89,7 @@ def main():
         labels.update(v["safety"] for v in verdicts[row["id"]])
     count = sum(states.values())
     summary(
+        run,
         "01_generate",
         {
             "prompts": f"{len(rows)}, {options.n} responses each",

@@ -288,6 +288,7 @@ def main():
     done = {} if (run / "checkpoint").exists() else train(options, run, examples, tokenizer)
     counts = Counter(("harmful" if r["harmful"] else "benign", r["label"]) for r in kept)
     summary(
+        run,
         "02_verify_sft",
         {
             "selected": f"{len(selected)} answers from {options.responses}",

@@ -203,6 +203,7 @@ def main():
     kinds = Counter("harmful" if row["harmful"] else "benign" for row in rows)
     kept_kinds = Counter("harmful" if row["harmful"] else "benign" for row in kept)
     summary(
+        run,
         "03_steer_selfgen",
         {
             "prompts": ", ".join(f"{v} {k}" for k, v in sorted(kinds.items())),

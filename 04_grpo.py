@@ -10,7 +10,8 @@ SInternal runs it after verification training, ThinkSafe as its expensive baseli
 What we chose, numbered:
 1. Ratio of untempered probabilities would be wrong for T != 1: logits are divided by T, and top-p and top-k are off.
 2. A verdict that cannot be read gives no reward: the sample leaves its group's statistics and the loss, counted.
-3. A response cut before `</think>` has reward 0, counts in the group's statistics, and is then masked out of the loss.
+3. A response that was cut counts in its group's statistics and is then masked out of the loss; one cut before
+   `</think>` has reward 0.
 4. Standard deviation with Bessel's correction, as in TRL. A group of equal rewards has A = 0; its backward pass is
    skipped when beta = 0, which changes no gradient, and its rows still count in the normaliser.
 5. `--loss`: grpo (mean over a response's tokens, then over responses), dapo (mean over the step's tokens), dr_grpo
@@ -211,18 +212,30 @@ def main():
         return options.learning_rate * min(1.0, (step + 1) / max(1, options.warmup_steps))
 
     kind = {row["id"]: "maths" if "gold" in row else "harmful" if row["harmful"] else "benign" for row in prompts}
-    finished, history = (run / "checkpoint").exists(), reopen_jsonl(run / "metrics.jsonl")
+    finished = (run / "checkpoint").exists()
     steps = 0 if finished else options.steps
+    columns = [
+        "reward",
+        "harmful",
+        "benign",
+        "maths",
+        "trunc",
+        "unparsed",
+        "flat",
+        "tokens",
+        "entropy",
+        "kl",
+        "clipped",
+    ]
     if not finished:
-        print(
-            " step   reward  harmful   benign    maths    trunc unparsed     flat   tokens  entropy       kl  clipped"
-        )
+        print(" step" + "".join(f"{name:>9}" for name in columns))
     for step, batch, metrics in training_steps(run, options, prompts, steps, rate, model, optimizer):
         # 1. Sample G responses to each of the P prompts with the current weights; the guard reads the answers.
         model.eval()
         G, P = options.group_size, len(batch)
         sampling = Sampling(options.max_new_tokens, options.temperature, seed=options.seed * 1_000_003 + step)
-        groups = dict(sampler.generate([(row["id"], requests[row["id"]][0]) for row in batch], G, sampling))
+        with accelerator.autocast():
+            groups = dict(sampler.generate([(row["id"], requests[row["id"]][0]) for row in batch], G, sampling))
         samples = [sample for i in range(P) for sample in groups[i]]  # P * G = R of them, group after group
         owners = [row for row in batch for _ in range(G)]
         texts = [tokenizer.decode([t for t in s.ids if t not in sampler.eos]) for s in samples]
@@ -231,16 +244,13 @@ def main():
         verdicts = guard.verdicts(to_judge)
 
         # 2. Rewards and advantages: statistics over the whole group, then the mask.
-        rewards = torch.tensor(
-            [reward(r, a, state, v) for r, (_, a, state), v in zip(owners, parsed, verdicts)]
-        )  # (R,)
-        truncated = torch.tensor([state == "truncated" for _, _, state in parsed])
+        rewards = [reward(r, a, state, v) for r, (_, a, state), v in zip(owners, parsed, verdicts)]
+        rewards = torch.tensor(rewards)  # (R,)
+        truncated = torch.tensor([s.finish == "length" or p[2] == "truncated" for s, p in zip(samples, parsed)])
         advantages = group_advantages(rewards.view(P, G)).flatten()  # (R,)
         kept = ~(truncated | rewards.isnan())
         if not kept.any():
-            fail(
-                f"step {step}: every response is truncated or has an unparsed verdict; {run} keeps the state before it"
-            )
+            fail(f"step {step}: every response is cut or has an unparsed verdict; {run} keeps the state before it")
         lengths = torch.tensor([len(s.ids) for s in samples])
         weights = token_weights(lengths, kept, options.loss, options.max_new_tokens)  # (R,)
         active = (kept & ((advantages != 0) | (options.beta > 0))).nonzero().flatten()  # the others have no gradient
@@ -291,9 +301,8 @@ def main():
             "gradient_norm": norm,
             "sampler_gap": totals["gap"] / max(1, totals["tokens"]),
         }
-        tqdm.write(f"{step:5d}" + "".join(f"{v:9.3f}" for v in list(numbers.values())[:11]))
+        tqdm.write(f"{step:5d}" + "".join(f"{v:9.3f}" for v in list(numbers.values())[: len(columns)]))
         metrics |= {k: None if math.isnan(v) else round(v, 6) for k, v in numbers.items()}
-        history.append(metrics)
         shown = {"step": step, "prompt": batch[0]["prompt"], "responses": []}
         for (thinking, answer, state), r, verdict in list(zip(parsed, rewards.tolist(), verdicts))[:G]:
             r = None if math.isnan(r) else r
@@ -302,6 +311,7 @@ def main():
 
     if not finished:
         save_checkpoint(model, tokenizer, run / "checkpoint", options.model)
+    history = reopen_jsonl(run / "metrics.jsonl")
     tenth = max(1, len(history) // 10)
     change = {}
     for name in ("reward", "reward_harmful", "reward_benign", "reward_maths"):
@@ -309,6 +319,7 @@ def main():
         if all(ends):
             change[name.replace("_", ", ")] = " -> ".join(f"{sum(e) / len(e):.3f}" for e in ends)
     summary(
+        run,
         "04_grpo",
         {
             "prompts": ", ".join(f"{v} {k}" for k, v in sorted(Counter(kind.values()).items())),

@@ -350,6 +350,7 @@ def main():
     figure(results, list(models), options.judges, run / "results.png")
     print("\n" + table)
     summary(
+        run,
         "05_eval",
         {
             "models": ", ".join(models),

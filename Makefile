@@ -46,6 +46,7 @@ lint: $(VENV)/ready
 results: demo  ## what README shows
 	mkdir -p results/demo
 	cp $(RUNS)/05_eval/results.json $(RUNS)/05_eval/results.md $(RUNS)/05_eval/results.png results/demo/
+	for run in 01_generate 02_verify_sft 03_steer_selfgen; do cp $(RUNS)/$$run/summary.txt results/demo/$$run.txt; done
 
 # One run on a real pretrained model: DATA is a folder with strongreject.jsonl and xstest_safe.jsonl.
 smollm2: $(VENV)/ready
@@ -54,9 +55,10 @@ smollm2: $(VENV)/ready
 	$(PY) 01_generate.py --preset smollm2 --run runs/smollm2/01_generate --n 1 --limit 8 \
 		--prompts $(DATA)/strongreject.jsonl $(DATA)/xstest_safe.jsonl
 	$(PY) 05_eval.py --preset smollm2 --run runs/smollm2/05_eval --limit 8 --models SmolLM2-135M=smollm2/model \
-		--benchmarks strongreject=$(DATA)/strongreject.jsonl xstest=$(DATA)/xstest_safe.jsonl
+		--benchmarks xstest=$(DATA)/xstest_safe.jsonl strongreject=$(DATA)/strongreject.jsonl
 	mkdir -p results/smollm2
 	cp runs/smollm2/05_eval/results.json runs/smollm2/05_eval/results.md results/smollm2/
+	cp runs/smollm2/01_generate/summary.txt results/smollm2/01_generate.txt
 
 clean:
 	rm -rf runs $(VENV)

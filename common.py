@@ -167,6 +167,8 @@ def fingerprint(path: str) -> str:
 
 def open_run(options) -> Path:
     """The run folder, made or reopened; reopening with other options or changed inputs is an error that names them."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("the stages run in one process; start them with python, not accelerate launch or torchrun")
     record, run = dataclasses.asdict(options), Path(options.run)
     for name, value in list(record.items()):
         for item in value if isinstance(value, list) else [value]:
@@ -239,10 +241,13 @@ def write_jsonl(path: Path, rows: list[dict]):
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def summary(stage: str, lines: dict, next_command: str):
-    """What every stage prints last: rows in, kept, dropped and why, where the results are, the next command."""
+def summary(run: Path, stage: str, lines: dict, next_command: str):
+    """What every stage prints last, and leaves in <run>/summary.txt: rows in, kept, dropped and why, where the results
+    are, the next command."""
     width = max(map(len, lines))
-    print(f"\n{stage}", *(f"  {k:<{width}}  {v}" for k, v in lines.items()), f"next: {next_command}", sep="\n")
+    text = "\n".join([stage, *(f"  {k:<{width}}  {v}" for k, v in lines.items()), f"next: {next_command}"])
+    write_atomic(run / "summary.txt", text + "\n")
+    print(f"\n{text}")
 
 
 # Prompts --------------------------------------------------------------------------------------------------------------

@@ -191,6 +191,37 @@ def test_lora_forward_merge_and_off(model, tokenizer, tmp_path):
     assert (merged(input_ids=ids).logits - trained).abs().max() < 1e-4
 
 
+def test_lora_trains_as_peft_does(model):
+    """Five AdamW steps from the same A and B: the same merged weights as PEFT's within 1e-5."""
+    peft = pytest.importorskip("peft")
+    ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
+    targets = ["q_proj", "v_proj", "up_proj"]
+    add_lora(ours, 4, 16.0, 0.0, targets, seed=3)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=16, lora_dropout=0.0, target_modules=targets))
+    mine = {n: p for n, p in ours.named_parameters() if p.requires_grad}
+    for name, p in theirs.named_parameters():
+        if p.requires_grad:
+            assert ("lora_A" in name and p.std() > 0) or (p == 0).all()  # PEFT's initialisation, as ours
+            key = name.removeprefix("base_model.model.").replace(".lora_A.default.weight", ".A")
+            p.data = mine[key.replace(".lora_B.default.weight", ".B")].data.clone()
+    ids, mask = pad_batch([Example([5, 6, 7], [8, 9, 2]), Example([10], [11, 12])])
+    for net in (ours, theirs):
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+        for _ in range(5):
+            logits = net(input_ids=ids).logits[:, :-1].log_softmax(-1)
+            loss = -logits.gather(2, ids[:, 1:, None]).squeeze(2)[mask[:, 1:]].mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    merged = dict(theirs.merge_and_unload().named_parameters())
+    moved = 0.0
+    for name, layer in ((n, m) for n, m in ours.named_modules() if hasattr(m, "scale") and hasattr(m, "A")):
+        weight = layer.base.weight + layer.scale * layer.B @ layer.A
+        moved = max(moved, (weight - layer.base.weight).abs().max().item())
+        assert (weight - merged[f"{name}.weight"]).abs().max() < 1e-5
+    assert moved > 1e-2
+
+
 @pytest.mark.parametrize("top_p, top_k", [(1.0, 0), (0.7, 0), (1.0, 3), (0.8, 5)])
 def test_sampled_shares_against_transformers_warpers(top_p, top_k):
     """Shares of 40,000 draws against the probabilities that transformers' own processors leave."""

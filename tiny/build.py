@@ -50,7 +50,7 @@ MODELS = {  # seed, layers, width, optimizer steps, chat template
     "lrm": (1, 4, 128, 2000, CHAT_TEMPLATE),
     "guard": (2, 4, 128, 900, GUARD_TEMPLATE),
     "judge": (3, 3, 160, 900, GUARD_TEMPLATE),
-    "expert": (4, 4, 128, 900, CHAT_TEMPLATE),
+    "expert": (4, 4, 128, 1400, CHAT_TEMPLATE),
 }
 
 
