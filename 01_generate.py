@@ -64,7 +64,7 @@ def main():
     sampler = open_sampler(options.model, options)
     template = {"enable_thinking": options.enable_thinking}
     rows = answer_prompts(sampler, rows, run / "responses.jsonl", options.n, sampling, template)
-    del sampler  # its memory goes to the guard
+    sampler.close()  # its memory goes to the guard
 
     # 2. Label. The guard reads the prompt and the answer, not the thinking (trap 1).
     guard = Judge(options.guard, options)

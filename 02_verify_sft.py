@@ -127,7 +127,7 @@ class Options(StageOptions):
     lora_targets: list[str] = field(default_factory=lambda: ALL_LINEAR)
     """linear layers that get LoRA (our choice: all)"""
     micro_batch_tokens: int = 4096
-    """padded tokens in one forward pass; changes memory and speed, never the result"""
+    """padded tokens in one forward pass; changes memory, speed and dropout's noise, nothing else"""
     save_every: int = 50
     """optimizer steps between two saved training states"""
 
@@ -261,7 +261,7 @@ def main():
     sampler = open_sampler(options.expert, options)
     sampling = Sampling(options.max_critique_tokens, 0.0)
     replies = answer_prompts(sampler, selected, run / "critiques.jsonl", 1, sampling, {"enable_thinking": False})
-    del sampler
+    sampler.close()
     kept, dropped = [], []
     for row in replies:
         [sample] = row.pop("samples")

@@ -90,7 +90,7 @@ class Options(SamplingOptions):
     lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
     """linear layers that get LoRA (paper: query and value)"""
     micro_batch_tokens: int = 4096
-    """padded tokens in one forward pass; changes memory and speed, never the result"""
+    """padded tokens in one forward pass; changes memory, speed and dropout's noise, nothing else"""
     save_every: int = 50
     """optimizer steps between two saved training states"""
 
@@ -173,14 +173,14 @@ def main():
     sampler = open_sampler(options.model, options)
     steered = [{**row, "prompt": steer(row["prompt"])} if row["harmful"] else row for row in rows]
     responses = answer_prompts(sampler, steered, run / "responses.jsonl", 1, sampling, template)
-    del sampler
+    sampler.close()
 
     # 2. Filter. The guard sees the original prompt, never the steering.
     guard = Judge(options.guard, options)
     judged = [{**row, "samples": response["samples"]} for row, response in zip(rows, responses)]
     answers = judge_samples(guard, judged, run / "answer_labels.jsonl", lambda sample: sample["answer"])
     thinkings = judge_samples(guard, judged, run / "thinking_labels.jsonl", lambda sample: sample["thinking"])
-    del guard
+    guard.close()
     kept, dropped = [], []
     for row in judged:
         [sample] = row.pop("samples")

@@ -84,7 +84,8 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
         return 0.0, 1.0
     p, scale = successes / n, 1 + z * z / n
     center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
+    low, high = (center - half) / scale, (center + half) / scale
+    return low if successes else 0.0, high if successes < n else 1.0  # exact at the ends, where rounding is not
 
 
 def f1_interval(tp: int, fp: int, fn: int) -> tuple[float, float, float]:
@@ -289,7 +290,7 @@ def main():
             responses[name, test] = answer_prompts(sampler, rows, file, options.n, sampling, template)
         first = render_chat(sampler.tokenizer, messages_of(next(iter(tests.values()))[0]["prompt"]), **template)[0]
         rendered[name] = sampler.tokenizer.decode(first)
-        del sampler
+        sampler.close()
 
     # 2. Every judge reads every answer, and thinking + answer; maths and verification rows need none.
     judged: dict[tuple[str, str], dict] = {key: {} for key in responses}
@@ -307,7 +308,7 @@ def main():
                         lambda s: f"{s['thinking']}\n\n{s['answer']}".strip(),
                     ),
                 }
-        del judge
+        judge.close()
 
     # 3. Figures of merit, and the recipe that made them.
     results = []

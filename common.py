@@ -5,8 +5,8 @@ the steering text, the advantages and the rewards stand in the stage that they b
 import argparse
 import ast
 import dataclasses
+import gc
 import hashlib
-import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -167,6 +167,8 @@ def fingerprint(path: str) -> str:
 
 def open_run(options) -> Path:
     """The run folder, made or reopened; reopening with other options or changed inputs is an error that names them."""
+    if options.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        fail("--engine vllm needs the package vllm: pip install -r requirements.txt, or use --engine hf")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("the stages run in one process; start them with python, not accelerate launch or torchrun")
     record, run = dataclasses.asdict(options), Path(options.run)
@@ -188,7 +190,8 @@ def open_run(options) -> Path:
             fail(f"{run} was made with other options: {'; '.join(changed)}. Repeat them, or choose another --run")
     else:
         packages = ["torch", "transformers", "accelerate"] + ["vllm"] * (options.engine == "vllm")
-        versions = {"python": sys.version.split()[0], **{p: importlib.metadata.version(p) for p in packages}}
+        versions = {"python": sys.version.split()[0]}
+        versions |= {p: importlib.import_module(p).__version__ for p in packages}
         run.mkdir(parents=True, exist_ok=True)
         write_atomic(known, json.dumps({"options": record, "versions": versions}, indent=1))
     return run
@@ -506,6 +509,12 @@ class HfSampler:
             for j, index in enumerate(batch):
                 yield index, samples[j * n : j * n + n]
 
+    def close(self):
+        """Gives the memory of the model back."""
+        self.model = None
+        gc.collect()
+        torch.cuda.empty_cache()  # does nothing without a GPU
+
 
 class VllmSampler:
     """The same interface over vLLM: continuous batching, prefix caching, a seed per request."""
@@ -513,7 +522,9 @@ class VllmSampler:
     def __init__(self, name: str, tokenizer):
         from vllm import LLM
 
-        cpu = {} if torch.cuda.is_available() else {"dtype": "float32", "enforce_eager": True}
+        cpu = {}
+        if not torch.cuda.is_available():  # vLLM 0.32 on a CPU: a prompt prefilled in chunks breaks seeded requests
+            cpu = {"dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False}
         self.llm = LLM(model=name, enable_prefix_caching=True, logprobs_mode="processed_logprobs", **cpu)
         self.tokenizer = tokenizer
         try:
@@ -538,8 +549,13 @@ class VllmSampler:
                     samples.append(Sample(list(o.token_ids), log_probs, o.finish_reason))
                 yield index, samples
 
+    def close(self):
+        """Ends the engine's processes: a deleted LLM object alone keeps them, and the GPU's memory, alive."""
+        self.llm.llm_engine.engine_core.shutdown()
+
 
 def open_sampler(name: str, options: StageOptions):
+    """The engine of `options` with the model loaded; close() it before the next one."""
     tokenizer = load_tokenizer(name)
     if options.engine == "vllm":
         return VllmSampler(name, tokenizer)
@@ -610,6 +626,10 @@ class Judge:
             self.rule = load_rule(name, "judge")
         else:
             self.sampler = open_sampler(name, options)
+
+    def close(self):
+        if not self.rule:
+            self.sampler.close()
 
     def verdicts(self, pairs: list[tuple[object, str]]) -> list[dict]:
         """[{"safety": safe | unsafe | controversial | unparsed | none, "refusal": yes | no | unparsed | none}] for

@@ -149,6 +149,23 @@ def test_training_goes_on_bit_for_bit(tmp_path, stage, options):
     assert (tmp_path / "whole" / weights).read_bytes() == (tmp_path / "cut" / weights).read_bytes()
 
 
+def test_micro_batches_do_not_change_the_training(tmp_path):
+    """One example at a time or all at once: the same losses, because each step has one normaliser."""
+    found = []
+    for tokens in ("1", "100000"):
+        run_stage(
+            "03_steer_selfgen", "--run", tmp_path / tokens, "--limit", 16, "--epochs", 1, "--micro_batch_tokens", tokens, "--lora_dropout", 0
+        )  # fmt: skip
+        found.append([(m["loss"], m["gradient_norm"]) for m in rows(tmp_path / tokens / "metrics.jsonl")])
+    assert len(found[0]) == 4 and found[0] == [pytest.approx(pair, rel=1e-4) for pair in found[1]]
+
+
+def test_a_batch_of_cut_responses_is_said_not_trained_on(tmp_path):
+    options = ["--limit", 8, "--steps", 2, "--batch_size", 4, "--max_new_tokens", 4]
+    error = one_line(run_stage("04_grpo", "--run", tmp_path / "run", *options, ok=False))
+    assert "step 0: every response is cut" in error and not (tmp_path / "run/checkpoint").exists()
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_reads_on_its_own(stage):
     done = run_stage(stage, "--help")
