@@ -92,7 +92,7 @@ def f1_interval(tp: int, fp: int, fn: int) -> tuple[float, float, float]:
     """(F1, low, high): F1 = 2J / (1 + J) with J = tp / (tp + fp + fn), a share with a Wilson interval.
 
     >>> [round(x, 3) for x in f1_interval(9, 1, 1)]
-    [0.9, 0.684, 0.974]
+    [0.9, 0.687, 0.974]
     """
     low, high = wilson(tp, tp + fp + fn)
     share = tp / max(1, tp + fp + fn)

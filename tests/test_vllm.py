@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import run_stage
 
 pytest.importorskip("vllm")
 
@@ -46,3 +47,10 @@ def test_seeds_belong_to_the_request(setup):
     assert len({tuple(s.ids) for samples in together.values() for s in samples}) > len(requests)
     other = dict(theirs.generate(requests, 3, hot._replace(seed=2)))
     assert any(a.ids != b.ids for i in other for a, b in zip(other[i], together[i]))
+
+
+def test_stage_01_samples_and_labels_with_it(tmp_path):
+    """Two engines one after the other: the first one is gone before the guard's starts."""
+    run_stage("01_generate", "--engine", "vllm", "--run", tmp_path / "run", "--limit", 20, "--n", 4)
+    labels = [json.loads(line) for line in (tmp_path / "run/labels.jsonl").open()]
+    assert len(labels) == 20 and {v["safety"] for row in labels for v in row["verdicts"]} == {"safe", "unsafe"}
