@@ -38,6 +38,8 @@ def test_batch_and_group_size_do_not_change_greedy_text(model, tokenizer, reques
     assert sorted(found) == list(range(len(requests)))
     for i, samples in found.items():
         assert [s.ids for s in samples] == [alone[i][0].ids] * n
+        for s in samples:  # text alone would forgive a wrong mask: this model is sure of itself
+            assert s.log_probs == pytest.approx(alone[i][0].log_probs, abs=1e-4)
 
 
 def test_a_sample_depends_on_its_key_alone(model, tokenizer, requests):
