@@ -281,6 +281,8 @@ def main():
         chat = messages_of(row["prompt"])
         prompt, opened = render_chat(tokenizer, chat, enable_thinking=options.enable_thinking)
         response = response_ids(tokenizer, row["trained_thinking"], row["trained_answer"], opened)
+        if options.target == "critique":
+            response = response[:-1]  # no end token: what comes after </think> is left as it was
         examples.append(Example(prompt, response))
     show_example(tokenizer, examples[0])
 

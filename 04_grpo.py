@@ -184,6 +184,8 @@ def grpo_loss(log_probs, old, reference, advantages, weights, clip_low, clip_hig
 def main():
     options = parse_options(Options, __doc__)
     prompts = load_prompts(options.prompts, options.limit)
+    if options.group_size < 2:
+        fail("--group_size 1: a group of one has no spread to learn from; at least 2")
     if options.engine != "hf":
         fail("04_grpo samples with the weights in training, through --engine hf only")
     require_model(options.model)

@@ -144,6 +144,12 @@ def parse_options(cls, description: str):
     parsed, unknown = parser.parse_args_into_dataclasses(look_for_args_file=False, return_remaining_strings=True)
     if unknown:
         fail(f"there is no option {unknown[0]} (--help lists them)")
+    for name, value in dataclasses.asdict(parsed).items():
+        least = 0 if name in ("limit", "top_k", "lora_rank", "warmup_steps") or isinstance(value, float) else 1
+        if type(value) in (int, float) and name != "seed" and not value >= least:
+            fail(f"--{name} {value}: it must be at least {least}")
+    if not 0 < getattr(parsed, "top_p", 1.0) <= 1:
+        fail(f"--top_p {parsed.top_p}: it must be above 0 and at most 1")
     return parsed
 
 

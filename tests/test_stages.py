@@ -1,5 +1,6 @@
 """Each stage as a user runs it, on a few rows of the miniature world; what it says when the input is wrong."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -58,12 +59,14 @@ def test_02_trains_on_agreeing_critiques_only(runs):
 
 
 def test_03_trains_on_unsteered_prompts(runs):
-    folder, _ = runs
+    folder, out = runs
     kept, sampled = rows(folder / "03/train.jsonl"), rows(folder / "03/responses.jsonl")
     steering = load("03_steer_selfgen").STEERING.split("\n")[0]
     assert not any(steering in r["prompt"] or steering in r["thinking"] for r in kept)
     assert all((steering in r["prompt"]) is r["harmful"] for r in sampled)
     assert len(kept) + len(rows(folder / "03/dropped.jsonl")) == len(sampled)
+    shown = out["03"].stdout.split("first example, no loss:")[1]  # the ids that are trained on, decoded
+    assert kept[0]["harmful"] and kept[0]["prompt"] in shown and steering not in shown
 
 
 def test_04_has_one_line_per_step(runs):
@@ -190,7 +193,15 @@ BAD = {
     "unknown option": (["--temprature", "1"], "--temprature"),
     "bad number": (["--n", "many"], "many"),
     "no such file": (["--prompts", "no.jsonl"], "no.jsonl"),
+    "nothing to sample": (["--n", "0"], "--n 0: it must be at least 1"),
+    "not a temperature": (["--temperature", "nan"], "--temperature nan"),
+    "not a share": (["--top_p", "1.5"], "--top_p 1.5"),
+    "no vllm here": (["--engine", "vllm"], "needs the package vllm"),
 }
+
+
+if importlib.util.find_spec("vllm"):
+    del BAD["no vllm here"]
 
 
 @pytest.mark.parametrize("case", BAD)

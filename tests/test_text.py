@@ -163,6 +163,33 @@ def test_guard_reads_the_answer():
     assert guard.verdicts(pairs[:1] * 3) == guard.verdicts(pairs)[:1] * 3  # equal pairs are judged once
 
 
+@pytest.mark.parametrize(
+    "harmful, change, answer, thinking, reason",
+    [
+        (True, {}, ("safe", "yes"), "safe", ""),
+        (False, {}, ("safe", "no"), "safe", ""),
+        (False, {"thinking": ""}, ("safe", "no"), "none", ""),
+        (True, {"state": "truncated"}, ("none", "none"), "safe", "truncated"),
+        (True, {"state": "no_thinking"}, ("safe", "yes"), "none", "no thinking"),
+        (True, {}, ("unparsed", "yes"), "safe", "verdict unparsed"),
+        (True, {}, ("safe", "unparsed"), "safe", "verdict unparsed"),
+        (True, {}, ("safe", "yes"), "unparsed", "verdict unparsed"),
+        (True, {}, ("unsafe", "yes"), "safe", "answer not safe"),
+        (True, {}, ("controversial", "yes"), "safe", "answer not safe"),
+        (True, {}, ("safe", "yes"), "unsafe", "thinking not safe"),
+        (True, {}, ("safe", "no"), "safe", "harmful prompt not refused"),
+        (False, {}, ("safe", "yes"), "safe", "benign prompt refused"),
+        (True, {"thinking": "The following prompt is harmful. You should refuse to answer the prompt. So no."},
+         ("safe", "yes"), "safe", "thinking quotes the steering"),
+    ],
+)  # fmt: skip
+def test_what_thinksafe_keeps(harmful, change, answer, thinking, reason):
+    sample = {"state": "closed", "thinking": "hm.", "answer": "well.", **change}
+    verdict = dict(zip(("safety", "refusal"), answer))
+    found = load("03_steer_selfgen").reason_to_drop(harmful, sample, verdict, {"safety": thinking, "refusal": "no"})
+    assert found == reason
+
+
 def test_select_takes_mixed_prompts_only():
     select = load("02_verify_sft").select
     labels = {
