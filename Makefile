@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 RUNS ?= runs/demo
 GRPO := $(PY) 04_grpo.py --run $(RUNS)/04_grpo
 
-.PHONY: demo test test-vllm lint results smollm2 clean
+.PHONY: demo test test-vllm lint claims results smollm2 clean
 
 $(VENV)/ready: requirements-cpu.txt
 	python3 -m venv $(VENV)
@@ -47,6 +47,9 @@ results: demo  ## what README shows
 	mkdir -p results/demo
 	cp $(RUNS)/05_eval/results.json $(RUNS)/05_eval/results.md $(RUNS)/05_eval/results.png results/demo/
 	for run in 01_generate 02_verify_sft 03_steer_selfgen; do cp $(RUNS)/$$run/summary.txt results/demo/$$run.txt; done
+
+claims: $(VENV)/ready  ## what SInternal is trained on, over five seeds, about half an hour
+	$(PY) bench/claims.py
 
 # One run on a real pretrained model: DATA is a folder with strongreject.jsonl and xstest_safe.jsonl.
 smollm2: $(VENV)/ready

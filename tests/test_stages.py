@@ -125,24 +125,19 @@ def test_01_goes_on_after_a_cut(runs, tmp_path):
 
 
 @pytest.mark.parametrize("stage, options", [
-    ("03_steer_selfgen", ["--limit", "24", "--epochs", "2", "--save_every", "2", "--lora_dropout", "0.1"]),
-    ("04_grpo", ["--limit", "20", "--steps", "4", "--save_every", "2", "--batch_size", "4", "--updates_per_batch", "2",
-                 "--beta", "0.04"]),
+    ("03_steer_selfgen", ["--limit", "24", "--epochs", "2", "--save_every", "5", "--lora_dropout", "0.1"]),
+    ("04_grpo", ["--limit", "20", "--steps", "5", "--save_every", "3", "--batch_size", "4", "--updates_per_batch", "2",
+                 "--beta", "0.04", "--learning_rate", "1e-3"]),
 ])  # fmt: skip
 def test_training_goes_on_bit_for_bit(tmp_path, stage, options):
-    """Stopped after a saved state, the same command ends with the same weights as a run never stopped."""
-    run_stage(stage, "--run", tmp_path / "whole", *options)
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    state = tmp_path / "cut/state.safetensors"
+    """From the last saved state, the same command ends with the same weights as a run never stopped."""
     from safetensors import safe_open
 
-    with safe_open(state, "pt") as file:
-        step = int(file.metadata()["step"])
+    run_stage(stage, "--run", tmp_path / "whole", *options)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     metrics = rows(tmp_path / "whole/metrics.jsonl")
-    if step == len(metrics):  # make the last steps run again: take the state of an earlier stop
-        stop = [str(int(o) // 2) if options[i - 1] == "--steps" else o for i, o in enumerate(options)]
-        run_stage(stage, "--run", tmp_path / "half", *stop)
-        shutil.copy(tmp_path / "half/state.safetensors", state)
+    with safe_open(tmp_path / "cut/state.safetensors", "pt") as file:
+        assert 0 < int(file.metadata()["step"]) < len(metrics)  # some steps run again
     shutil.rmtree(tmp_path / "cut/checkpoint")
     run_stage(stage, "--run", tmp_path / "cut", *options)
     again = rows(tmp_path / "cut/metrics.jsonl")
