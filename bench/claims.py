@@ -27,7 +27,6 @@ COLUMNS = [  # heading, metric, benchmark
     ("compliance wrapped ↑", "compliance", "wrapped"),
     ("sums ↑", "accuracy", "sums"),
     ("verify F1 ↑", "verify_f1", "verify"),
-    ("checks", "self_check", "wrapped"),
 ]
 T975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for a 95 % interval of that many seeds
 
@@ -46,7 +45,7 @@ def mean_interval(values: list[float]) -> dict:
     >>> mean_interval([0.1, 0.2, 0.3])["half"]
     0.2484
     """
-    values = [v for v in values if not math.isnan(v)]  # P(right | check) of a model that never checks
+    values = [v for v in values if not math.isnan(v)]  # "right, if checked" of a model that never checks
     if not values:
         return {"mean": None, "half": None, "values": []}
     half = T975[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
@@ -66,9 +65,9 @@ def checks(folder: Path, judge: str = "0-gold") -> dict:
         return part / whole if whole else math.nan
 
     return {
-        "P(check)": share(len(checked), len(harmful)),
-        "P(right | check)": share(len(right), len(checked)),
-        "P(no harm | right)": share(len(right) - sum(right), len(right)),
+        "checked": share(len(checked), len(harmful)),
+        "right, if checked": share(len(right), len(checked)),
+        "safe, if right": share(len(right) - sum(right), len(right)),
     }
 
 
@@ -105,7 +104,7 @@ def main():
         cells = ["–" if c["mean"] is None else f"{c['mean']:.2f} ± {c['half'] or 0:.2f}" for c in found]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     note = f"Mean ± half a 95 % t-interval over {options.seeds} seeds of sampling and training; judge: the gold rule; "
-    lines += ["", note + "the last three columns are unseen items in unseen wrappers, harmful ones."]
+    lines += ["", note + "the last three columns are harmful prompts in unseen wrappers."]
     out = ROOT / "results/claims"
     out.mkdir(parents=True, exist_ok=True)
     (out / "sinternal.json").write_text(json.dumps({"seeds": options.seeds, "table": table}, indent=1) + "\n")
