@@ -80,6 +80,12 @@ def test_scores_in_the_worlds_readme_are_the_files():
             assert f"| {name} | {key} | {hits}/{cases} |" in text, (name, key)
 
 
+@pytest.mark.parametrize("file", ["demo/results.md", "claims/sinternal.md", "smollm2/01_generate.txt"])
+def test_readme_quotes_its_result_files(file):
+    text = (ROOT / "results" / file).read_text()
+    assert text.split("\n\n")[0].strip() in (ROOT / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     "row, expected",
     [
