@@ -34,6 +34,7 @@ from accelerate import Accelerator
 
 from common import (
     ALL_LINEAR,
+    VERDICT_LINE,
     Example,
     Sampling,
     StageOptions,
@@ -177,7 +178,7 @@ def parse_critique(reply: str) -> tuple[str, str]:
     >>> parse_critique("I can not say.")
     ('I can not say.', '')
     """
-    lines = list(re.finditer(r"^\W*Verdict:\W*(safe|unsafe)\W*$", reply, re.M | re.I))
+    lines = list(VERDICT_LINE.finditer(reply))
     return (reply[: lines[-1].start()].strip(), lines[-1][1].lower()) if lines else (reply.strip(), "")
 
 

@@ -216,19 +216,7 @@ def main():
     kind = {row["id"]: "maths" if "gold" in row else "harmful" if row["harmful"] else "benign" for row in prompts}
     finished = (run / "checkpoint").exists()
     steps = 0 if finished else options.steps
-    columns = [
-        "reward",
-        "harmful",
-        "benign",
-        "maths",
-        "trunc",
-        "unparsed",
-        "flat",
-        "tokens",
-        "entropy",
-        "kl",
-        "clipped",
-    ]
+    columns = "reward harmful benign maths trunc unparsed flat tokens entropy kl clipped".split()
     if not finished:
         print(" step" + "".join(f"{name:>9}" for name in columns))
     for step, batch, metrics in training_steps(run, options, prompts, steps, rate, model, optimizer):

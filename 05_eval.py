@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 
 from common import (
+    VERDICT_LINE,
     Judge,
     Sampling,
     SamplingOptions,
@@ -111,7 +112,7 @@ def parse_verdict(answer: str) -> str:
     >>> parse_verdict("Verdict: unsafe"), parse_verdict("It is safe.")
     ('unsafe', 'unparsed')
     """
-    found = re.findall(r"^\W*Verdict:\W*(safe|unsafe)\W*$", answer, re.M | re.I)
+    found = VERDICT_LINE.findall(answer)
     return found[-1].lower() if found else "unparsed"
 
 
