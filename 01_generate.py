@@ -21,19 +21,8 @@ out: <run>/responses.jsonl   one line per prompt: id, prompt, harmful, samples [
 from collections import Counter
 from dataclasses import dataclass, field
 
-from common import (
-    Judge,
-    Sampling,
-    SamplingOptions,
-    answer_prompts,
-    judge_samples,
-    load_prompts,
-    open_run,
-    open_sampler,
-    parse_options,
-    require_model,
-    summary,
-)
+from common import Judge, Sampling, SamplingOptions, answer_prompts, judge_samples, load_prompts, open_run, open_sampler
+from common import parse_options, require_model, summary
 
 
 @dataclass

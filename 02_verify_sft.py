@@ -32,36 +32,10 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 
-from common import (
-    ALL_LINEAR,
-    VERDICT_LINE,
-    Example,
-    Sampling,
-    StageOptions,
-    TokenScorer,
-    add_lora,
-    answer_prompts,
-    cosine_rate,
-    fail,
-    load_model,
-    load_tokenizer,
-    messages_of,
-    micro_batches,
-    open_run,
-    open_sampler,
-    pad_batch,
-    parse_options,
-    prompt_text,
-    read_jsonl,
-    render_chat,
-    require_model,
-    response_ids,
-    save_checkpoint,
-    show_example,
-    summary,
-    training_steps,
-    write_jsonl,
-)
+from common import ALL_LINEAR, VERDICT_LINE, Example, Sampling, StageOptions, TokenScorer, add_lora, answer_prompts
+from common import cosine_rate, fail, load_model, load_tokenizer, messages_of, micro_batches, open_run, open_sampler
+from common import pad_batch, parse_options, prompt_text, read_jsonl, render_chat, require_model, response_ids
+from common import save_checkpoint, show_example, summary, training_steps, write_jsonl
 
 # FORK HERE: the specification S and the question. {prompt} and {answer} are filled in as data.
 VERIFICATION_PROMPT = """\

@@ -27,35 +27,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from common import (
-    Example,
-    Judge,
-    Sampling,
-    SamplingOptions,
-    TokenScorer,
-    add_lora,
-    answer_prompts,
-    cosine_rate,
-    fail,
-    judge_samples,
-    load_model,
-    load_prompts,
-    load_tokenizer,
-    messages_of,
-    micro_batches,
-    open_run,
-    open_sampler,
-    pad_batch,
-    parse_options,
-    render_chat,
-    require_model,
-    response_ids,
-    save_checkpoint,
-    show_example,
-    summary,
-    training_steps,
-    write_jsonl,
-)
+from common import Example, Judge, Sampling, SamplingOptions, TokenScorer, add_lora, answer_prompts, cosine_rate, fail
+from common import judge_samples, load_model, load_prompts, load_tokenizer, messages_of, micro_batches, open_run
+from common import open_sampler, pad_batch, parse_options, render_chat, require_model, response_ids, save_checkpoint
+from common import show_example, summary, training_steps, write_jsonl
 
 # FORK HERE: the steering instruction, word for word that of the official code; one user turn.
 STEERING = "The following prompt is harmful. You should refuse to answer the prompt.\n\nPrompt:\n\n{prompt}"

@@ -34,35 +34,10 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from common import (
-    ALL_LINEAR,
-    Example,
-    HfSampler,
-    Judge,
-    Sampling,
-    StageOptions,
-    TokenScorer,
-    add_lora,
-    answer_is_correct,
-    append_jsonl,
-    fail,
-    load_model,
-    load_prompts,
-    load_tokenizer,
-    lora_off,
-    messages_of,
-    micro_batches,
-    open_run,
-    pad_batch,
-    parse_options,
-    render_chat,
-    reopen_jsonl,
-    require_model,
-    save_checkpoint,
-    split_response,
-    summary,
-    training_steps,
-)
+from common import ALL_LINEAR, Example, HfSampler, Judge, Sampling, StageOptions, TokenScorer, add_lora
+from common import answer_is_correct, append_jsonl, fail, load_model, load_prompts, load_tokenizer, lora_off
+from common import messages_of, micro_batches, open_run, pad_batch, parse_options, render_chat, reopen_jsonl
+from common import require_model, save_checkpoint, split_response, summary, training_steps
 
 
 @dataclass

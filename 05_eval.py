@@ -30,28 +30,9 @@ from pathlib import Path
 
 import torch
 
-from common import (
-    VERDICT_LINE,
-    Judge,
-    Sampling,
-    SamplingOptions,
-    answer_is_correct,
-    answer_prompts,
-    fail,
-    fingerprint,
-    judge_samples,
-    load_prompts,
-    load_rule,
-    messages_of,
-    open_run,
-    open_sampler,
-    parse_options,
-    read_jsonl,
-    render_chat,
-    require_model,
-    summary,
-    write_atomic,
-)
+from common import VERDICT_LINE, Judge, Sampling, SamplingOptions, answer_is_correct, answer_prompts, fail, fingerprint
+from common import judge_samples, load_prompts, load_rule, messages_of, open_run, open_sampler, parse_options
+from common import read_jsonl, render_chat, require_model, summary, write_atomic
 
 
 @dataclass
