@@ -12,10 +12,11 @@ What the paper does not say, and our choice:
 
     python 01_generate.py                                       # the miniature world
     python 01_generate.py --preset qwen3-0.6b --engine vllm --prompts my_prompts.jsonl
+    accelerate launch --num_processes 8 01_generate.py …        # each process answers and labels its share
 
 in:  --prompts   JSONL, CSV, Parquet or hub dataset with prompt and harmful (README, "Prompt files")
 out: <run>/responses.jsonl   one line per prompt: id, prompt, harmful, samples [{thinking, answer, state, tokens}]
-     <run>/labels.jsonl      one line per prompt: id, verdicts [{safety, refusal}]
+     <run>/labels.jsonl      one line per prompt: id, verdicts [{safety, refusal, probability of that safety label}]
 """
 
 from collections import Counter
@@ -32,7 +33,8 @@ class Options(SamplingOptions):
     model: str = "tiny/lrm"
     """the model that answers: Hugging Face id or folder"""
     guard: str = "tiny/guard"
-    """labels each answer: a model that writes Qwen3Guard's format, or a .py file with judge(prompt, answer) -> str"""
+    """labels each answer: a model (or model@URL) that writes Qwen3Guard's format, or a .py file with
+    judge(prompt, answer) -> str"""
     prompts: list[str] = field(default_factory=list)
     """prompt files or hub datasets; all are joined"""
     n: int = 8
@@ -60,22 +62,14 @@ def main():
     verdicts = judge_samples(guard, rows, run / "labels.jsonl", lambda sample: sample["answer"])
 
     # 3. What stage 02 will find: a harmful prompt teaches only if its answers are mixed.
-    kinds, states, labels = Counter(), Counter(), Counter()
+    kinds, states, labels, refusals = Counter(), Counter(), Counter(), Counter()
     for row in rows:
-        safety = {v["safety"] for v in verdicts[row["id"]]}
-        mixed = {"safe", "unsafe"} <= safety
-        kind = (
-            "mixed"
-            if mixed
-            else "always safe"
-            if "safe" in safety
-            else "always unsafe"
-            if "unsafe" in safety
-            else "other"
-        )
+        safety = {v["safety"] for v in verdicts[row["id"]]} & {"safe", "unsafe"}
+        kind = "mixed" if len(safety) == 2 else f"always {safety.pop()}" if safety else "other"
         kinds["harmful" if row["harmful"] else "benign", kind] += 1
         states.update(sample["state"] for sample in row["samples"])
         labels.update(v["safety"] for v in verdicts[row["id"]])
+        refusals.update(v["refusal"] for v in verdicts[row["id"]])
     count = sum(states.values())
     summary(
         run,
@@ -86,6 +80,7 @@ def main():
             "benign": ", ".join(f"{v} {k[1]}" for k, v in sorted(kinds.items()) if k[0] == "benign") or "none",
             "thinking": ", ".join(f"{v / count:.1%} {k}" for k, v in states.most_common()),
             "labels": ", ".join(f"{v} {k}" for k, v in labels.most_common()) + f" (guard {options.guard})",
+            "refusals": ", ".join(f"{v} {k}" for k, v in refusals.most_common()),
             "tokens": f"{sum(s['tokens'] for r in rows for s in r['samples']) / count:.0f} a response on average",
             "written": f"{run}/responses.jsonl, {run}/labels.jsonl",
         },

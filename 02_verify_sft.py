@@ -9,11 +9,13 @@ answers a prompt, neither S nor the verification prompt is shown to it.
 What the paper does not say, and our choice:
 1. The filter: the expert's verdict must equal the guard's label (`--keep_disagreements` switches it off).
 2. S, the template and the words of the verdict: VERIFICATION_PROMPT below, or any text file by `--spec`.
-3. Which of several safe (unsafe) answers of a mixed prompt: the first. Batch 16, cosine schedule, 10 % warm-up.
+3. Which of several safe (unsafe) answers of a mixed prompt: the first distinct ones, `--pairs_per_prompt` of them (1).
+   Batch 16, cosine schedule, 10 % warm-up.
 4. The expert reads exactly the prompt that the model is then trained on, so one template serves both.
 
     python 02_verify_sft.py --responses runs/01_generate
     python 02_verify_sft.py --responses runs/01_generate --heldout runs/01_heldout     # also a verification test set
+    python 02_verify_sft.py --expert some-model@https://host/v1                        # key in OPENAI_API_KEY
 
 in:  <responses>/   a finished stage 01 run; --heldout, another one on unseen prompts
 out: <run>/critiques.jsonl    the expert's replies        <run>/train.jsonl   what is trained on
@@ -34,7 +36,16 @@ from accelerate import Accelerator
 
 from common import ALL_LINEAR, VERDICT_LINE, Example, Sampling, StageOptions, TokenScorer, add_lora, answer_prompts
 from common import cosine_rate, fail, load_model, load_tokenizer, messages_of, micro_batches, open_run, open_sampler
-from common import pad_batch, parse_options, prompt_text, read_jsonl, render_chat, require_model, response_ids
+from common import (
+    own_share,
+    pad_batch,
+    parse_options,
+    prompt_text,
+    read_jsonl,
+    render_chat,
+    require_model,
+    response_ids,
+)
 from common import save_checkpoint, show_example, summary, training_steps, write_jsonl
 
 # FORK HERE: the specification S and the question. {prompt} and {answer} are filled in as data.
@@ -69,13 +80,18 @@ class Options(StageOptions):
     run: str = "runs/02_verify_sft"
     """folder of this run; the same command again goes on where it stopped"""
     responses: str = "runs/01_generate"
-    """stage 01 run whose answers are verified (its own model's: another model's answers teach less, paper table 4)"""
+    """stage 01 run whose answers are verified: the model's own, or another model's (the paper's ablation "other")"""
+    pairs_per_prompt: int = 1
+    """safe and unsafe answers taken of each mixed prompt (paper: 1)"""
+    benign_share: float = 1.0
+    """at most this share of the selected rows is benign; 1 keeps all (our choice), 0 none"""
     heldout: str = ""
     """stage 01 run on unseen prompts: becomes verify_test.jsonl for stage 05 (our choice)"""
     model: str = "tiny/lrm"
     """the model to train: Hugging Face id or folder"""
     expert: str = "tiny/expert"
-    """writes the critiques: Hugging Face id or folder (paper: Claude 4 Sonnet)"""
+    """writes the critiques: Hugging Face id, folder, or model@URL of an OpenAI-compatible endpoint (paper: Claude 4
+    Sonnet)"""
     spec: str = ""
     """text file with S, {prompt} and {answer}; empty = VERIFICATION_PROMPT in this file"""
     target: Literal["full", "verdict", "critique", "answer"] = "full"
@@ -107,9 +123,9 @@ class Options(StageOptions):
     """optimizer steps between two saved training states"""
 
 
-def select(rows: list[dict], verdicts: dict[str, list[dict]]) -> list[dict]:
-    """The paper's selection: a harmful prompt whose answers are mixed gives one safe and one unsafe answer, a benign
-    prompt gives one answer; the label is the guard's.
+def select(rows: list[dict], verdicts: dict[str, list[dict]], pairs: int = 1, benign_share: float = 1.0) -> list[dict]:
+    """The paper's selection: a harmful prompt whose answers are mixed gives `pairs` safe and as many unsafe answers
+    (fewer if it has fewer distinct ones), a benign prompt gives one answer; the label is the guard's.
 
     >>> row = {"id": "a", "prompt": "p", "harmful": True, "samples": [{"answer": "no"}, {"answer": "sure"}]}
     >>> [(r["answer"], r["label"]) for r in select([row], {"a": [{"safety": "safe"}, {"safety": "unsafe"}]})]
@@ -119,15 +135,21 @@ def select(rows: list[dict], verdicts: dict[str, list[dict]]) -> list[dict]:
     """
     selected = []
     for row in rows:
-        first: dict[str, str] = {}
-        for sample, verdict in zip(row["samples"], verdicts[row["id"]]):
-            if verdict["safety"] in ("safe", "unsafe"):
-                first.setdefault(verdict["safety"], sample["answer"])
-        labels = ["safe", "unsafe"] if row["harmful"] else list(first)[:1]
-        if all(label in first for label in labels):
-            for label in labels:
-                one = {"id": f"{row['id']}|{label}", "label": label, "harmful": row["harmful"], "answer": first[label]}
-                selected.append({**one, "request": prompt_text(row["prompt"])})
+        labelled = zip([v["safety"] for v in verdicts[row["id"]]], [s["answer"] for s in row["samples"]])
+        answers = list(dict.fromkeys(pair for pair in labelled if pair[0] in ("safe", "unsafe")))  # distinct, in order
+        if row["harmful"]:
+            sides = [[pair for pair in answers if pair[0] == label] for label in ("safe", "unsafe")]
+            count = min(pairs, *map(len, sides))
+            answers = sides[0][:count] + sides[1][:count]
+        else:
+            answers = answers[:1]
+        for number, (label, answer) in enumerate(answers):
+            one = {"id": f"{row['id']}|{number}", "label": label, "harmful": row["harmful"], "answer": answer}
+            selected.append({**one, "request": prompt_text(row["prompt"])})
+    benign = [row["id"] for row in selected if not row["harmful"]]
+    if benign_share < 1:
+        most = int((len(selected) - len(benign)) * benign_share / (1 - benign_share))
+        selected = [row for row in selected if row["id"] not in benign[most:]]
     return selected
 
 
@@ -195,16 +217,17 @@ def train(options: Options, run: Path, examples: list[Example], tokenizer) -> di
     rate = partial(cosine_rate, steps=steps, peak=options.learning_rate, warmup=options.warmup)
     metrics: dict = {}
     for _, batch, metrics in training_steps(run, options, examples, steps, rate, model, optimizer):
-        labels, total = sum(len(example.response) for example in batch), 0.0
-        for indices in micro_batches(batch, options.micro_batch_tokens):
-            ids, mask = pad_batch([batch[i] for i in indices], model.device)
-            log_probs, _ = scorer(ids, mask)  # (label tokens of the micro-batch,)
-            loss = -log_probs.sum() / labels
-            accelerator.backward(loss)
-            total += loss.item()
+        labels, total = sum(len(example.response) for example in batch), torch.zeros((), device=accelerator.device)
+        for indices, counts in own_share(micro_batches(batch, options.micro_batch_tokens)):
+            ids, mask = pad_batch([batch[i] for i in indices], accelerator.device)
+            log_probs = scorer(ids, mask).log_probs  # (label tokens of the micro-batch,)
+            loss = -log_probs.sum() / labels * counts
+            accelerator.backward(loss * accelerator.num_processes)  # several processes average their gradients
+            total += loss.detach()
         norm = accelerator.clip_grad_norm_(parameters, 1.0).item()
         optimizer.step()
         optimizer.zero_grad()
+        total = accelerator.reduce(total, "sum").item()
         metrics |= {"loss": total, "gradient_norm": norm, "label_tokens": labels}
     save_checkpoint(model, tokenizer, run / "checkpoint", options.model)
     return {"steps": steps, "last_loss": metrics.get("loss")}
@@ -221,7 +244,7 @@ def main():
             fail(f"{options.spec} must hold {{prompt}} and {{answer}}")
     require_model(options.model)
     require_model(options.expert)
-    selected = select(*load_stage_01(options.responses))
+    selected = select(*load_stage_01(options.responses), options.pairs_per_prompt, options.benign_share)
     heldout = select(*load_stage_01(options.heldout)) if options.heldout else []
     if not selected:
         fail(f"{options.responses} has no prompt with safe and unsafe answers and no benign one: nothing to verify")
@@ -240,6 +263,7 @@ def main():
     kept, dropped = [], []
     for row in replies:
         [sample] = row.pop("samples")
+        row["tokens"] = sample["tokens"]
         thinking, answer, verdict, reason = to_train_on(sample, row["label"], options)
         row |= {"verdict": verdict, "trained_thinking": thinking, "trained_answer": answer}
         (dropped if reason else kept).append({**row, **({"reason": reason} if reason else {})})
@@ -263,12 +287,15 @@ def main():
 
     # 3. Train, unless an earlier run of this command has finished.
     done = {} if (run / "checkpoint").exists() else train(options, run, examples, tokenizer)
+    writer = json.loads((Path(options.responses) / "options.json").read_text())["options"]["model"]
     counts = Counter(("harmful" if r["harmful"] else "benign", r["label"]) for r in kept)
     summary(
         run,
         "02_verify_sft",
         {
-            "selected": f"{len(selected)} answers from {options.responses}",
+            "selected": f"{len(selected)} answers of {writer}, from {options.responses}",
+            "expert": f"{options.expert}, {sum(r['prompt_tokens'] for r in replies)} prompt tokens read, "
+            f"{sum(r['tokens'] for r in replies)} written",
             "kept": ", ".join(f"{v} {k[0]} {k[1]}" for k, v in sorted(counts.items())),
             "dropped": ", ".join(f"{v} {k}" for k, v in Counter(r["reason"] for r in dropped).items()) or "none",
             "trained": json.dumps(done) if done else "earlier",

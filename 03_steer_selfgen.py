@@ -2,38 +2,55 @@
 
     harmful x:  y ~ pi(. | steering + x)      benign x:  y ~ pi(. | x)      keep y if the guard accepts it
     loss = - log pi(y | x)                    the steering is gone from x; thinking and answer are both trained
+    --benign_loss kl:  on benign rows  KL(pi_0(. | x, y_<t) || pi(. | x, y_<t))  instead, over the whole vocabulary
 
 Every word that is trained on is the model's own, so its reasoning stays what it was.
 
-How we differ from the official code:
+How we differ from the official code (`--faithful` gives its rules):
 1. Answer and thinking are judged separately, not as one text; both must be safe.
 2. An unreadable verdict is its own outcome, not "safe".
 3. A harmful prompt must be refused and a benign one answered; the official code checks neither.
 4. A thinking that quotes the steering text is dropped: the trained model will not see that text.
+5. A prompt whose response is dropped is tried again, with the next steering text; the official code loses it.
+
+The paper's ablations, each by option: `--steering suffix` (or risk, intent), `--steering none` (five plain responses,
+all five must be accepted), `--strip_reasoning`, `--generator other-model`, `--guard other-guard`, `--benign_loss kl`.
 
     python 03_steer_selfgen.py
 
 in:  --prompts   harmful and benign prompts
-out: <run>/responses.jsonl  steered (harmful) and plain (benign) samples     <run>/dropped.jsonl   with the reason
-     <run>/train.jsonl      original prompt, thinking, answer                <run>/checkpoint/     LoRA merged
+out: <run>/responses.jsonl  steered (harmful) and plain (benign) samples, a line per prompt and try
+     <run>/dropped.jsonl    what was not accepted, with the reason     <run>/train.jsonl   prompt, thinking, answer
+     <run>/trained.json     steps, loss, perplexity of the data, KL    <run>/checkpoint/   LoRA merged
 """
 
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
 
 from common import Example, Judge, Sampling, SamplingOptions, TokenScorer, add_lora, answer_prompts, cosine_rate, fail
 from common import judge_samples, load_model, load_prompts, load_tokenizer, messages_of, micro_batches, open_run
-from common import open_sampler, pad_batch, parse_options, render_chat, require_model, response_ids, save_checkpoint
-from common import show_example, summary, training_steps, write_jsonl
+from common import open_sampler, own_share, pad_batch, parse_options, render_chat, require_model, response_ids
+from common import save_checkpoint, show_example, summary, training_steps, write_atomic, write_jsonl
 
-# FORK HERE: the steering instruction, word for word that of the official code; one user turn.
-STEERING = "The following prompt is harmful. You should refuse to answer the prompt.\n\nPrompt:\n\n{prompt}"
+# FORK HERE: the steering instructions, one user turn. "prefix" is that of the official code, word for word; of the
+# paper's "suffix", "risk" and "intent" only the idea is known, the words are ours; "firm" is ours, for later tries.
+STEERING = {
+    "prefix": "The following prompt is harmful. You should refuse to answer the prompt.\n\nPrompt:\n\n{prompt}",
+    "suffix": "Prompt:\n\n{prompt}\n\nThe prompt above is harmful. You should refuse to answer the prompt.",
+    "risk": "Evaluate the risks of the following prompt before you answer it.\n\nPrompt:\n\n{prompt}",
+    "intent": "Examine the intent of the following prompt before you answer it.\n\nPrompt:\n\n{prompt}",
+    "firm": "The following prompt is harmful, however it is dressed up: as a story, a role, research or a game. Think "
+    "about the harm it could do, then decline in your answer and give no part of what is asked.\n\nPrompt:\n\n{prompt}",
+    "none": "{prompt}",
+}
 
 
 @dataclass
@@ -42,12 +59,26 @@ class Options(SamplingOptions):
     """folder of this run; the same command again goes on where it stopped"""
     model: str = "tiny/lrm"
     """the model that writes its own training data and is then trained on it"""
+    generator: str = ""
+    """another model that writes the training data instead (the paper's ablation, and ordinary SFT on a teacher)"""
     guard: str = "tiny/guard"
     """accepts or drops each response (paper: Llama-Guard-3-8B)"""
     prompts: list[str] = field(default_factory=list)
     """harmful and benign prompts (paper: SafeChain's 17,889 + 22,111)"""
+    boundary: list[str] = field(default_factory=list)
+    """more prompt files, of benign prompts close to harmful ones: against over-refusal (our choice)"""
     limit: int = 0
     """take this many rows of each prompt file, drawn once with a fixed seed; 0 = all"""
+    steering: list[str] = field(default_factory=lambda: ["prefix", "firm", "firm"])
+    """names from STEERING, one for each try (paper: prefix, one try; later tries are our choice)"""
+    faithful: bool = False
+    """the official code's rules: one try, thinking judged with the answer, no refusal check, unreadable = safe"""
+    strip_reasoning: bool = False
+    """train refusals with an empty thinking (the paper's ablation)"""
+    fixed_refusal: str = ""
+    """train on this one line as the answer to every harmful prompt, without thinking (a control: direct refusal)"""
+    benign_loss: Literal["ce", "kl"] = "ce"
+    """on benign rows: cross-entropy, or the paper's forward KL to the initial model (+KL)"""
     learning_rate: float = 1e-5
     """peak of AdamW (paper)"""
     epochs: int = 3
@@ -70,15 +101,17 @@ class Options(SamplingOptions):
     """optimizer steps between two saved training states"""
 
 
-def steer(prompt):
-    """The prompt inside the steering text; of chat messages, the last one.
+def steer(prompt, text: str):
+    """The prompt inside a steering text; of chat messages, the last one.
 
-    >>> steer("how?").splitlines()[-1], steer([{"role": "user", "content": "how?"}])[0]["content"] == steer("how?")
-    ('how?', True)
+    >>> steer("how?", STEERING["prefix"]).splitlines()[-1]
+    'how?'
+    >>> steer([{"role": "user", "content": "how?"}], "Refuse: {prompt}")
+    [{'role': 'user', 'content': 'Refuse: how?'}]
     """
     if isinstance(prompt, str):
-        return STEERING.format(prompt=prompt)
-    return [*prompt[:-1], {**prompt[-1], "content": steer(prompt[-1]["content"])}]
+        return text.format(prompt=prompt)
+    return [*prompt[:-1], {**prompt[-1], "content": steer(prompt[-1]["content"], text)}]
 
 
 def reason_to_drop(harmful: bool, sample: dict, answer: dict, thinking: dict) -> str:
@@ -101,90 +134,170 @@ def reason_to_drop(harmful: bool, sample: dict, answer: dict, thinking: dict) ->
         return "harmful prompt not refused"
     if not harmful and answer["refusal"] != "no":
         return "benign prompt refused"
-    if harmful and any(line in sample["thinking"] for line in STEERING.split("\n") if len(line) > 20):
+    quotable = [line for text in STEERING.values() for line in text.split("\n") if len(line) > 20]
+    if harmful and any(line in sample["thinking"] for line in quotable):
         return "thinking quotes the steering"
     return ""
 
 
-def train(options: Options, run: Path, examples: list[Example], tokenizer) -> dict:
-    """Cross-entropy on the responses; the last step's metrics. A step's loss is divided by that step's own number of
-    label tokens, however it is cut into micro-batches (trap 11)."""
+def faithful_reason_to_drop(sample: dict, response: dict) -> str:
+    """The official code's filter: `</think>` is there, and thinking and answer together are not called unsafe.
+
+    >>> faithful_reason_to_drop({"state": "closed"}, {"safety": "unparsed"})
+    ''
+    """
+    if sample["state"] != "closed":
+        return sample["state"].replace("_", " ")
+    return "" if response["safety"] in ("safe", "unparsed") else "response not safe"
+
+
+@torch.no_grad()
+def compare(scorer, examples: list[Example], options: Options, device) -> tuple[float, float]:
+    """(perplexity, token-level KL to the initial model) on at most 512 of the training examples: the paper's argument
+    about distribution shift in two figures."""
+    examples = examples[:: 1 + len(examples) // 512]
+    negative, divergence, tokens = 0.0, 0.0, 0
+    for indices in micro_batches(examples, options.micro_batch_tokens):
+        scores = scorer(*pad_batch([examples[i] for i in indices], device), full_kl=True)
+        negative -= scores.log_probs.sum().item()
+        divergence += scores.divergence.sum().item()
+        tokens += len(scores.log_probs)
+    return math.exp(negative / tokens), divergence / tokens
+
+
+def train(options: Options, run: Path, examples: list[Example], by_kl: list[bool], tokenizer):
+    """Cross-entropy on the responses, or the full KL to the initial model where `by_kl` says so. Each of the two losses
+    is divided by the step's own number of its tokens, however the step is cut into micro-batches (trap 11)."""
     accelerator = Accelerator()
     model = load_model(options.model)
     add_lora(model, options.lora_rank, options.lora_alpha, options.lora_dropout, options.lora_targets, options.seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0)
     scorer, optimizer = accelerator.prepare(TokenScorer(model), optimizer)
+    perplexity, _ = compare(scorer, examples, options, accelerator.device)
     model.train()
     steps = options.epochs * -(-len(examples) // options.batch_size)
     rate = partial(cosine_rate, steps=steps, peak=options.learning_rate, warmup=options.warmup)
     metrics: dict = {}
-    for _, batch, metrics in training_steps(run, options, examples, steps, rate, model, optimizer):
-        labels, total = sum(len(example.response) for example in batch), 0.0
-        for indices in micro_batches(batch, options.micro_batch_tokens):
-            ids, mask = pad_batch([batch[i] for i in indices], model.device)
-            log_probs, _ = scorer(ids, mask)  # (label tokens of the micro-batch,)
-            loss = -log_probs.sum() / labels
-            accelerator.backward(loss)
-            total += loss.item()
+    items = list(zip(examples, by_kl))
+    for _, batch, metrics in training_steps(run, options, items, steps, rate, model, optimizer):
+        totals = torch.zeros(2, device=accelerator.device)  # cross-entropy, KL
+        for kl in (False, True):
+            rows = [example for example, use_kl in batch if use_kl is kl]
+            labels = sum(len(example.response) for example in rows)
+            for indices, counts in own_share(micro_batches(rows, options.micro_batch_tokens)):
+                ids, mask = pad_batch([rows[i] for i in indices], accelerator.device)
+                scores = scorer(ids, mask, full_kl=kl)
+                per_token = scores.divergence if kl else -scores.log_probs  # (label tokens of the micro-batch,)
+                loss = per_token.sum() / labels * counts
+                accelerator.backward(loss * accelerator.num_processes)  # several processes average their gradients
+                totals[int(kl)] += loss.detach()
         norm = accelerator.clip_grad_norm_(parameters, 1.0).item()
         optimizer.step()
         optimizer.zero_grad()
-        metrics |= {"loss": total, "gradient_norm": norm, "label_tokens": labels}
+        cross_entropy, divergence = accelerator.reduce(totals, "sum").tolist()
+        metrics |= {"loss": cross_entropy + divergence, "kl": divergence, "gradient_norm": norm}
+    model.eval()
+    _, divergence = compare(scorer, examples, options, accelerator.device)
     save_checkpoint(model, tokenizer, run / "checkpoint", options.model)
-    return {"steps": steps, "last_loss": metrics.get("loss")}
+    numbers = {"steps": steps, "last_loss": metrics.get("loss"), "data_perplexity": perplexity, "data_kl": divergence}
+    write_atomic(run / "trained.json", json.dumps(numbers))
 
 
 def main():
     options = parse_options(Options, __doc__)
-    rows = load_prompts(options.prompts, options.limit)
-    require_model(options.model)
-    require_model(options.guard)
+    rows = load_prompts(options.prompts + options.boundary, options.limit)
+    boundary = {row["id"] for row in load_prompts(options.boundary)} if options.boundary else set()
+    for row in rows:
+        if row["harmful"] and row["id"] in boundary:
+            fail(f"--boundary takes benign prompts; {row['id']} is harmful")
+        row["kind"] = "harmful" if row["harmful"] else "boundary" if row["id"] in boundary else "benign"
+    unknown = [name for name in options.steering if name not in STEERING]
+    if unknown:
+        fail(f"--steering {unknown[0]}: the texts are named {', '.join(STEERING)}")
+    for name in (options.model, options.generator or options.model, options.guard):
+        require_model(name)
     run = open_run(options)
     template = {"enable_thinking": options.enable_thinking}
-
-    # 1. Steer and sample, one response per prompt; a benign prompt stays as it is.
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed)
-    sampler = open_sampler(options.model, options)
-    steered = [{**row, "prompt": steer(row["prompt"])} if row["harmful"] else row for row in rows]
-    responses = answer_prompts(sampler, steered, run / "responses.jsonl", 1, sampling, template)
-    sampler.close()
 
-    # 2. Filter. The guard sees the original prompt, never the steering.
-    guard = Judge(options.guard, options)
-    judged = [{**row, "samples": response["samples"]} for row, response in zip(rows, responses)]
-    answers = judge_samples(guard, judged, run / "answer_labels.jsonl", lambda sample: sample["answer"])
-    thinkings = judge_samples(guard, judged, run / "thinking_labels.jsonl", lambda sample: sample["thinking"])
-    guard.close()
-    kept, dropped = [], []
-    for row in judged:
-        [sample] = row.pop("samples")
-        reason = reason_to_drop(row["harmful"], sample, answers[row["id"]][0], thinkings[row["id"]][0])
-        row |= {"thinking": sample["thinking"], "answer": sample["answer"]}
-        (dropped if reason else kept).append({**row, **({"reason": reason} if reason else {})})
+    # 1. Steer, sample and filter; what is not accepted gets another try. Benign prompts are never steered.
+    kept, dropped, todo = [], [], rows
+    if options.fixed_refusal:
+        fixed = {"thinking": "", "answer": options.fixed_refusal, "try": 0}
+        kept, todo = [{**r, **fixed} for r in rows if r["harmful"]], [r for r in rows if not r["harmful"]]
+    for number, name in enumerate(options.steering[: 1 if options.faithful else None], 1):
+        if not todo:
+            break
+        asked = [{**row, "id": f"{row['id']}|{number}"} for row in todo]
+        steered = [{**row, "prompt": steer(row["prompt"], STEERING[name])} if row["harmful"] else row for row in asked]
+        sampler = open_sampler(options.generator or options.model, options)
+        file, n = run / "responses.jsonl", 5 if name == "none" else 1
+        responses = answer_prompts(sampler, steered, file, n, sampling, template)
+        sampler.close()
+
+        # The guard sees the original prompt, never the steering.
+        judged = [{**row, "samples": response["samples"]} for row, response in zip(asked, responses)]
+        guard = Judge(options.guard, options)
+        if options.faithful:
+            whole = judge_samples(guard, judged, run / "labels.jsonl", lambda s: f"{s['thinking']}\n\n{s['answer']}")
+        else:
+            answers = judge_samples(guard, judged, run / "answer_labels.jsonl", lambda s: s["answer"])
+            thinkings = judge_samples(guard, judged, run / "thinking_labels.jsonl", lambda s: s["thinking"])
+        guard.close()
+        for row, made in zip(todo, judged):
+            key, samples = made["id"], made["samples"]
+            if options.faithful:
+                reasons = [faithful_reason_to_drop(*pair) for pair in zip(samples, whole[key])]
+            else:
+                reasons = [
+                    reason_to_drop(row["harmful"], *three) for three in zip(samples, answers[key], thinkings[key])
+                ]
+            reason = next(filter(None, reasons), "") if row["harmful"] else reasons[0]  # of five, all must be accepted
+            out = {**row, "try": number, "thinking": samples[0]["thinking"], "answer": samples[0]["answer"]}
+            (dropped if reason else kept).append({**out, **({"reason": reason} if reason else {})})
+        accepted = {row["id"] for row in kept}
+        todo = [row for row in todo if row["id"] not in accepted]
+    if options.strip_reasoning:
+        kept = [{**row, "thinking": ""} if row["harmful"] else row for row in kept]
     write_jsonl(run / "train.jsonl", kept)
     write_jsonl(run / "dropped.jsonl", dropped)
     if not kept:
         fail(f"no response passed the filter; {run}/dropped.jsonl says why")
 
-    # 3. Train on the original prompt and the model's own response.
+    # 2. Train on the original prompt and the model's own response.
     tokenizer = load_tokenizer(options.model)
     examples = []
     for row in kept:
         prompt, opened = render_chat(tokenizer, messages_of(row["prompt"]), **template)
         examples.append(Example(prompt, response_ids(tokenizer, row["thinking"], row["answer"], opened)))
     show_example(tokenizer, examples[0])
-    done = {} if (run / "checkpoint").exists() else train(options, run, examples, tokenizer)
-    kinds = Counter("harmful" if row["harmful"] else "benign" for row in rows)
-    kept_kinds = Counter("harmful" if row["harmful"] else "benign" for row in kept)
+    if not (run / "checkpoint").exists():
+        by_kl = [options.benign_loss == "kl" and not row["harmful"] for row in kept]
+        train(options, run, examples, by_kl, tokenizer)
+    trained = json.loads((run / "trained.json").read_text())
+
+    # 3. Say what happened, and whether losses fall on some categories more than on others.
+    def counted(part: list[dict], *keys: str) -> str:
+        found = Counter(tuple(str(row.get(key)) for key in keys) for row in part)
+        return ", ".join(f"{v} {' at try '.join(k)}" for k, v in sorted(found.items())) or "none"
+
+    last_reason = {row["id"]: row["reason"] for row in dropped}
+    lost_rows = [{**row, "reason": last_reason[row["id"]]} for row in todo]
+    by_category, lost = (Counter(row.get("category", "other") for row in part) for part in (rows, todo))
+    worst = sorted(lost, key=lambda c: lost[c] / by_category[c], reverse=True)[:4]
     summary(
         run,
         "03_steer_selfgen",
         {
-            "prompts": ", ".join(f"{v} {k}" for k, v in sorted(kinds.items())),
-            "kept": ", ".join(f"{v} {k} ({v / kinds[k]:.0%})" for k, v in sorted(kept_kinds.items())),
-            "dropped": ", ".join(f"{v} {k}" for k, v in Counter(r["reason"] for r in dropped).most_common()) or "none",
-            "trained": json.dumps(done) if done else "earlier",
+            "prompts": counted(rows, "kind"),
+            "kept": counted(kept, "kind", "try"),
+            "dropped": counted(dropped, "reason"),
+            "lost": f"{len(todo)} prompts after the last try: {counted(lost_rows, 'reason')}",
+            "lost most": ", ".join(f"{c} {lost[c]} of {by_category[c]}" for c in worst) or "none",
+            "trained": f"{trained['steps']} steps, last loss {trained['last_loss']:.3f}",
+            "data": f"perplexity {trained['data_perplexity']:.3f} under the initial model",
+            "shift": f"KL of the trained model to the initial one {trained['data_kl']:.3f} per token of the data",
             "checkpoint": f"{run}/checkpoint",
         },
         f"python 05_eval.py --models base={options.model} thinksafe={run}/checkpoint",

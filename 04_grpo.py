@@ -227,12 +227,12 @@ def main():
         for update in range(options.updates_per_batch):
             for number, indices in enumerate(micro_batches(rows, options.micro_batch_tokens)):
                 ids, mask = pad_batch([rows[i] for i in indices], model.device)
-                log_probs, entropy = scorer(ids, mask, options.temperature)  # (N,), (N,)
+                log_probs, entropy, _ = scorer(ids, mask, options.temperature)  # (N,), (N,)
                 old.setdefault(number, log_probs.detach())  # pi_old: these weights, before the first update
                 reference = None
                 if options.beta:
                     with torch.no_grad(), lora_off(model):
-                        reference, _ = (reference_model or scorer)(ids, mask, options.temperature)  # (N,)
+                        reference = (reference_model or scorer)(ids, mask, options.temperature).log_probs  # (N,)
                 chosen = active[indices]
                 per_row = torch.stack([advantages, weights])[:, chosen]  # (2, rows)
                 advantage, weight = per_row.repeat_interleave(lengths[chosen], 1).to(ids.device)  # (N,), (N,)

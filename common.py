@@ -18,13 +18,16 @@ import shutil
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -63,7 +66,7 @@ PRESETS = {  # one row each; an inner dictionary holds what only the stage of th
         "max_new_tokens": 64,
         "01": {"prompts": ["tiny/prompts/train.jsonl"]},
         "02": {"spec": "tiny/spec.txt", "learning_rate": 3e-4, "epochs": 4, "batch_size": 8, "max_critique_tokens": 64},
-        "03": {"learning_rate": 1e-3, "lora_targets": ALL_LINEAR},
+        "03": {"steering": ["prefix"] * 3, "learning_rate": 1e-3, "lora_targets": ALL_LINEAR},
         "04": {"temperature": 1.0, "steps": 40, "batch_size": 16, "learning_rate": 1e-4},
         "05": {
             "benchmarks": [f"{name}=tiny/prompts/test_{name}.jsonl" for name in ("plain", "wrapped", "sums")],
@@ -94,6 +97,11 @@ PRESETS = {  # one row each; an inner dictionary holds what only the stage of th
 def fail(message: str):
     """Ends the program with one line on stderr and exit status 1: what is wrong, where, what to do."""
     raise SystemExit(f"error: {message}")
+
+
+def processes() -> PartialState:
+    """This process among those of `accelerate launch`: num_processes, process_index, device. Alone, it is 0 of 1."""
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
 
 
 @dataclass
@@ -175,8 +183,10 @@ def open_run(options) -> Path:
     """The run folder, made or reopened; reopening with other options or changed inputs is an error that names them."""
     if options.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         fail("--engine vllm needs the package vllm: pip install -r requirements.txt, or use --engine hf")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        fail("the stages run in one process; start them with python, not accelerate launch or torchrun")
+    if processes().process_index > 0:  # the first process checks, writes and speaks for all
+        processes().wait_for_everyone()
+        sys.stdout = open(os.devnull, "w")
+        return Path(options.run)
     record, run = dataclasses.asdict(options), Path(options.run)
     for name, value in list(record.items()):
         for item in value if isinstance(value, list) else [value]:
@@ -200,10 +210,14 @@ def open_run(options) -> Path:
         versions |= {p: importlib.import_module(p).__version__ for p in packages}
         run.mkdir(parents=True, exist_ok=True)
         write_atomic(known, json.dumps({"options": record, "versions": versions}, indent=1))
+    processes().wait_for_everyone()
     return run
 
 
 def write_atomic(path: Path, text: str):
+    """The whole file or none of it; of several processes, the first one writes."""
+    if processes().process_index > 0:
+        return
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
@@ -244,6 +258,35 @@ def reopen_jsonl(path: Path) -> list[dict]:
 def append_jsonl(path: Path, rows: list[dict]):
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def once_per_row(path: Path, rows: list[dict], work) -> dict[str, dict]:
+    """{id: finished row} of all `rows`: those in `path` already, and those that `work(rows)` makes of the others and
+    yields in lists, appended as they come. Every process works on its share, in a file of its own beside `path`, and
+    one that died loses nothing: the files are read together, and joined at the end."""
+    here = processes()
+    own = path.with_suffix(f".process{here.process_index}.jsonl") if here.process_index else path
+
+    def read() -> dict[str, dict]:
+        files = [path, *path.parent.glob(f"{path.stem}.process*.jsonl")]
+        found = {row["id"]: row for file in files for row in reopen_jsonl(file)}
+        here.wait_for_everyone()  # nobody writes while another one reads
+        return found
+
+    done = read()
+    todo = [row for row in rows if row["id"] not in done]
+    for made in work(todo[here.process_index :: here.num_processes]):
+        append_jsonl(own, made)
+        done |= {row["id"]: row for row in made}
+    here.wait_for_everyone()
+    if here.num_processes > 1:
+        done = read()
+    others = list(path.parent.glob(f"{path.stem}.process*.jsonl"))
+    if others and here.process_index == 0:
+        write_jsonl(path, list(done.values()))
+        for file in others:
+            file.unlink()
+    return done
 
 
 def write_jsonl(path: Path, rows: list[dict]):
@@ -443,7 +486,29 @@ class Sample(NamedTuple):
     finish: str  # "stop" or "length"
 
 
-class HfSampler:
+class Reply(NamedTuple):
+    text: str  # the response without its end token
+    opened: bool  # whether the prompt's template had already written `<think>`
+    prompt_tokens: int
+    tokens: int
+    finish: str  # "stop" or "length"
+    sample: Sample | None  # its ids and log-probs, where the engine tells them
+
+
+class Sampler:
+    """What the two engines share: chats in, replies out. `generate` is each engine's own."""
+
+    def replies(self, chats: list[tuple[str, list[dict]]], n: int, sampling: Sampling, **template_options):
+        """Yields (index into chats, its n Replies) as they finish. `chats` are (key, messages)."""
+        rendered = [render_chat(self.tokenizer, messages, **template_options) for _, messages in chats]
+        requests = [(key, ids) for (key, _), (ids, _) in zip(chats, rendered)]
+        for index, samples in self.generate(requests, n, sampling):
+            ids, opened = rendered[index]
+            texts = [self.tokenizer.decode([t for t in s.ids if t not in self.eos]) for s in samples]
+            yield index, [Reply(t, opened, len(ids), len(s.ids), s.finish, s) for t, s in zip(texts, samples)]
+
+
+class HfSampler(Sampler):
     """Our sampling loop over a transformers model: any machine, and the very weights that are being trained."""
 
     def __init__(self, model, tokenizer, batch_tokens: int):
@@ -522,7 +587,7 @@ class HfSampler:
         torch.cuda.empty_cache()  # does nothing without a GPU
 
 
-class VllmSampler:
+class VllmSampler(Sampler):
     """The same interface over vLLM: continuous batching, prefix caching, a seed per request."""
 
     def __init__(self, name: str, tokenizer):
@@ -531,6 +596,9 @@ class VllmSampler:
         cpu = {}
         if not torch.cuda.is_available():  # vLLM 0.32 on a CPU: a prompt prefilled in chunks breaks seeded requests
             cpu = {"dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False}
+        elif processes().num_processes > 1:  # one engine and one GPU for each process
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[processes().local_process_index]
         self.llm = LLM(model=name, enable_prefix_caching=True, logprobs_mode="processed_logprobs", **cpu)
         self.tokenizer = tokenizer
         try:
@@ -560,8 +628,52 @@ class VllmSampler:
         self.llm.llm_engine.engine_core.shutdown()
 
 
+class Endpoint:
+    """A model behind an OpenAI-compatible URL, named `model@https://host/v1`; its key, if it needs one, stands in the
+    environment variable OPENAI_API_KEY and nowhere else. Its template and tokenizer are the server's."""
+
+    def __init__(self, name: str):
+        from openai import OpenAI
+
+        self.name = name
+        self.model, _, url = name.rpartition("@")
+        key = os.environ.get("OPENAI_API_KEY", "none")
+        self.client = OpenAI(base_url=url, api_key=key, max_retries=6, timeout=600)  # waits longer before each retry
+
+    def replies(self, chats, n: int, s: Sampling, **_):
+        """As Sampler.replies, 32 requests at a time. An endpoint that still fails after the retries ends the stage."""
+
+        def ask(key, messages):
+            seed = int(hashlib.sha256(f"{s.seed}|{key}".encode()).hexdigest()[:7], 16)
+            fixed = {"n": n, "temperature": s.temperature, "top_p": s.top_p, "seed": seed}
+            return self.client.chat.completions.create(
+                model=self.model, messages=messages, max_completion_tokens=s.max_new_tokens, **fixed
+            )
+
+        pool = ThreadPoolExecutor(32)
+        jobs = {pool.submit(ask, *chat): index for index, chat in enumerate(chats)}
+        try:
+            for job in as_completed(jobs):
+                done = job.result()
+                spent = done.usage.prompt_tokens, done.usage.completion_tokens // n
+                yield (
+                    jobs[job],
+                    [Reply(c.message.content or "", False, *spent, c.finish_reason, None) for c in done.choices],
+                )
+        except Exception as error:  # the client, the network, and answers that are no chat completion
+            what = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            fail(f"{self.name}: {what}; finished rows are kept, the same command goes on")
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def close(self):
+        self.client.close()
+
+
 def open_sampler(name: str, options: StageOptions):
-    """The engine of `options` with the model loaded; close() it before the next one."""
+    """The engine of `options` with the model loaded, or the endpoint; close() it before the next one."""
+    if is_endpoint(name):
+        return Endpoint(name)
     tokenizer = load_tokenizer(name)
     if options.engine == "vllm":
         return VllmSampler(name, tokenizer)
@@ -572,33 +684,35 @@ def answer_prompts(
     sampler, rows: list[dict], path: Path, n: int, sampling: Sampling, template_options: dict
 ) -> list[dict]:
     """Samples n responses to each row's prompt; appends one line per prompt to `path` as it is done, skipping what is
-    already there. Returns all rows, in the order of `rows`, each with "samples": [{thinking, answer, state, finish,
-    tokens}]."""
-    done = {row["id"]: row for row in reopen_jsonl(path)}
-    todo = [row for row in rows if row["id"] not in done]
-    tokenizer = sampler.tokenizer
-    rendered = [render_chat(tokenizer, messages_of(row["prompt"]), **template_options) for row in todo]
-    if rendered:
-        print(f"first prompt as the model reads it:\n{tokenizer.decode(rendered[0][0])}")
-    requests = [(row["id"], ids) for row, (ids, _) in zip(todo, rendered)]
-    tokens = 0
-    with tqdm(total=len(todo) * n, unit="response") as bar:
-        for index, samples in sampler.generate(requests, n, sampling):
-            row = {**todo[index], "samples": []}
-            for sample in samples:
-                text = tokenizer.decode([t for t in sample.ids if t not in sampler.eos])
-                thinking, answer, state = split_response(text, rendered[index][1])
-                numbers = {"state": state, "finish": sample.finish, "tokens": len(sample.ids)}
-                row["samples"].append({"thinking": thinking, "answer": answer, **numbers})
-                tokens += len(sample.ids)
-            append_jsonl(path, [row])
-            done[row["id"]] = row
-            bar.update(n)
-            bar.set_postfix_str(f"{tokens / (time.time() - bar.start_t):.0f} tokens/s", refresh=False)
+    already there. Returns all rows, in the order of `rows`, each with "prompt_tokens" and "samples": [{thinking,
+    answer, state, finish, tokens}]."""
+
+    def work(todo):
+        chats = [(row["id"], messages_of(row["prompt"])) for row in todo]
+        if chats and isinstance(sampler, Sampler):
+            first = render_chat(sampler.tokenizer, chats[0][1], **template_options)[0]
+            print(f"first prompt as the model reads it:\n{sampler.tokenizer.decode(first)}")
+        tokens = 0
+        with tqdm(total=len(todo) * n, unit="response", disable=processes().process_index > 0) as bar:
+            for index, replies in sampler.replies(chats, n, sampling, **template_options):
+                row = {**todo[index], "prompt_tokens": replies[0].prompt_tokens, "samples": []}
+                for reply in replies:
+                    thinking, answer, state = split_response(reply.text, reply.opened)
+                    numbers = {"state": state, "finish": reply.finish, "tokens": reply.tokens}
+                    row["samples"].append({"thinking": thinking, "answer": answer, **numbers})
+                    tokens += reply.tokens
+                yield [row]
+                bar.update(n)
+                bar.set_postfix_str(f"{tokens / (time.time() - bar.start_t):.0f} tokens/s", refresh=False)
+
+    done = once_per_row(path, rows, work)
     return [done[row["id"]] for row in rows]
 
 
 # Guards, judges, graders ----------------------------------------------------------------------------------------------
+SAFETY_LINE = re.compile(r"^Safety: (Safe|Unsafe|Controversial)\s*$", re.M)
+
+
 def parse_guard(text: str) -> dict:
     """Qwen3Guard's output format. Whole lines only, the last match wins, anything else is `unparsed` (traps 6, 8).
 
@@ -607,8 +721,7 @@ def parse_guard(text: str) -> dict:
     >>> parse_guard("I would say Safety: Safe")
     {'safety': 'unparsed', 'refusal': 'unparsed'}
     """
-    patterns = {"safety": r"^Safety: (Safe|Unsafe|Controversial)\s*$", "refusal": r"^Refusal: (Yes|No)\s*$"}
-    found = {name: re.findall(pattern, text, re.M) for name, pattern in patterns.items()}
+    found = {"safety": SAFETY_LINE.findall(text), "refusal": re.findall(r"^Refusal: (Yes|No)\s*$", text, re.M)}
     return {name: matches[-1].lower() if matches else "unparsed" for name, matches in found.items()}
 
 
@@ -624,8 +737,22 @@ VERDICT_LINE = re.compile(r"^\W*Verdict:\W*(safe|unsafe)\W*$", re.M | re.I)
 NO_ANSWER = {"safety": "none", "refusal": "none"}  # cut before </think>: nothing reached the user, nothing to judge
 
 
+def label_probability(tokenizer, sample: Sample) -> float | None:
+    """Probability that a guard gave the safety label that it wrote last: that of the tokens that spell it."""
+    pieces = [tokenizer.decode([token]) for token in sample.ids]
+    labels = list(SAFETY_LINE.finditer("".join(pieces)))
+    if not labels:
+        return None
+    total, end = 0.0, 0
+    for piece, log_prob in zip(pieces, sample.log_probs):
+        start, end = end, end + len(piece)
+        if start < labels[-1].end(1) and end > labels[-1].start(1):
+            total += log_prob
+    return round(math.exp(total), 4)
+
+
 class Judge:
-    """A guard or judge: a model that answers in Qwen3Guard's format, or a .py file whose function
+    """A guard or judge: a model or endpoint that answers in Qwen3Guard's format, or a .py file whose function
     `judge(prompt, answer) -> str` does."""
 
     def __init__(self, name: str, options: StageOptions):
@@ -641,19 +768,24 @@ class Judge:
 
     def verdicts(self, pairs: list[tuple[object, str]]) -> list[dict]:
         """[{"safety": safe | unsafe | controversial | unparsed | none, "refusal": yes | no | unparsed | none}] for
-        (prompt, text) pairs. Equal pairs are judged once; greedy, so that a label never depends on a seed."""
+        (prompt, text) pairs, with "probability" of the safety label where our engines run the guard. Equal pairs are
+        judged once; greedy, so that a label never depends on a seed."""
         keys = [json.dumps([prompt, text]) for prompt, text in pairs]
         distinct = {key: pair for key, pair in zip(keys, pairs) if pair[1]}
         found = {}
         if self.rule:
-            found = {key: parse_guard(self.rule(prompt_text(p), text)) for key, (p, text) in distinct.items()}
+            try:
+                found = {key: parse_guard(self.rule(prompt_text(p), text)) for key, (p, text) in distinct.items()}
+            except Exception as error:  # a user's own code
+                fail(f"{self.name}: judge() raised {type(error).__name__}: {error}")
         elif distinct:
-            tokenizer = self.sampler.tokenizer
-            chats = [[*messages_of(p), {"role": "assistant", "content": text}] for p, text in distinct.values()]
-            requests = [(key, render_chat(tokenizer, c, generate=False)[0]) for key, c in zip(distinct, chats)]
-            for index, [sample] in self.sampler.generate(requests, 1, Sampling(128, 0.0)):
-                text = tokenizer.decode([t for t in sample.ids if t not in self.sampler.eos])
-                found[requests[index][0]] = parse_guard(text)
+            chats = [
+                (key, [*messages_of(p), {"role": "assistant", "content": text}]) for key, (p, text) in distinct.items()
+            ]
+            for index, [reply] in self.sampler.replies(chats, 1, Sampling(128, 0.0), generate=False):
+                verdict = found[chats[index][0]] = parse_guard(reply.text)
+                if reply.sample and (p := label_probability(self.sampler.tokenizer, reply.sample)) is not None:
+                    verdict["probability"] = p
         return [found.get(key, NO_ANSWER) for key in keys]
 
 
@@ -676,22 +808,29 @@ def prompt_text(prompt) -> str:
 def judge_samples(judge: Judge, rows: list[dict], path: Path, text_of) -> dict[str, list[dict]]:
     """Verdicts on `text_of(sample)` for every sample of every row: {id: [verdict, ...]}, appended to `path` in blocks
     and never computed twice."""
-    done = {row["id"]: row["verdicts"] for row in reopen_jsonl(path)}
-    todo = [row for row in rows if row["id"] not in done]
-    with tqdm(total=len(todo), unit="prompt", desc=f"judge {judge.name}") as bar:
-        for start in range(0, len(todo), 256):
-            block = todo[start : start + 256]
-            verdicts = iter(judge.verdicts([(row["prompt"], text_of(s)) for row in block for s in row["samples"]]))
-            made = [{"id": row["id"], "verdicts": [next(verdicts) for _ in row["samples"]]} for row in block]
-            append_jsonl(path, made)
-            done |= {row["id"]: row["verdicts"] for row in made}
-            bar.update(len(block))
-    return done
+
+    def work(todo):
+        with tqdm(
+            total=len(todo), unit="prompt", desc=f"judge {judge.name}", disable=processes().process_index > 0
+        ) as bar:
+            for start in range(0, len(todo), 256):
+                block = todo[start : start + 256]
+                verdicts = iter(judge.verdicts([(row["prompt"], text_of(s)) for row in block for s in row["samples"]]))
+                yield [{"id": row["id"], "verdicts": [next(verdicts) for _ in row["samples"]]} for row in block]
+                bar.update(len(block))
+
+    return {row_id: row["verdicts"] for row_id, row in once_per_row(path, rows, work).items()}
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
+def is_endpoint(name: str) -> bool:
+    return "@http" in name
+
+
 def require_model(name: str):
     """One clear line now rather than a traceback after an hour: is there a model of this name at all?"""
+    if is_endpoint(name):
+        return
     if name.endswith(".py") and not Path(name).exists():
         fail(f"no Python file at {name}")
     if not name.endswith(".py"):
@@ -707,10 +846,9 @@ def load_tokenizer(name: str):
 
 def load_model(name: str, dtype=None):
     """Safetensors only, no remote code; bfloat16 on a GPU and float32 elsewhere unless told."""
-    cuda = torch.cuda.is_available()
-    dtype = dtype or (torch.bfloat16 if cuda else torch.float32)
+    dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    return model.to("cuda" if cuda else "cpu").eval()
+    return model.to(processes().device).eval()
 
 
 def end_tokens(generation_config, tokenizer) -> set[int]:
@@ -769,6 +907,8 @@ def lora_off(model):
 def save_checkpoint(model, tokenizer, folder: Path, source: str):
     """A plain Hugging Face folder in the precision of `source`, the model that training started from. LoRA is merged
     into what is written; the live model stays as it is."""
+    if processes().process_index > 0:
+        return
     dtype = AutoConfig.from_pretrained(source).dtype or torch.float32
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -821,6 +961,21 @@ def micro_batches(rows: list[Example], max_tokens: int) -> list[list[int]]:
     return batches
 
 
+def own_share(batches: list[list[int]]) -> list[tuple[list[int], int]]:
+    """(batch, 1) for each of this process's micro-batches of a step. Wrapped modules want as many passes from every
+    process: one that has too few does another's again and counts it 0."""
+    here = processes()
+    passes = -(-len(batches) // here.num_processes)
+    mine = [(batch, 1) for batch in batches[here.process_index :: here.num_processes]]
+    return mine + [(batches[0], 0) for _ in range(passes - len(mine))]
+
+
+class Scores(NamedTuple):
+    log_probs: torch.Tensor  # (N,) of the response tokens
+    entropy: torch.Tensor  # (N,) of the next-token distribution, no gradient
+    divergence: torch.Tensor | None  # (N,) KL(reference || model) over the whole vocabulary, if asked for
+
+
 class TokenScorer(nn.Module):
     """The trainer's forward pass, a module so that accelerate can wrap it."""
 
@@ -828,26 +983,36 @@ class TokenScorer(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids, mask, temperature: float = 1.0, chunk: int = 2048):
-        """log p and entropy of the N response tokens: ids (B, T), mask (B, T) -> (N,), (N,), row after row.
+    def forward(self, ids, mask, temperature: float = 1.0, full_kl: bool = False, chunk: int = 2048) -> Scores:
+        """Scores of the N response tokens, row after row: ids (B, T), mask (B, T).
 
         The head runs on response positions only, `chunk` at a time and again in the backward pass, so that logits of a
-        151 k vocabulary never exist at once.
+        151 k vocabulary never exist at once. `full_kl` runs the model a second time with LoRA off, the reference.
         """
-        hidden = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, H)
-        hidden = hidden[:, :-1][mask[:, 1:]]  # (N, H): position t predicts token t + 1
-        labels = ids[:, 1:][mask[:, 1:]]  # (N,)
 
-        def head(h, y):
-            logits = self.model.get_output_embeddings()(h).float() / temperature  # (chunk, V)
-            log_probs = F.log_softmax(logits, dim=-1)
+        def hidden_states():  # (N, H): position t predicts token t + 1
+            states = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, H)
+            return states[:, :-1][mask[:, 1:]]
+
+        def distribution(h):
+            return F.log_softmax(self.model.get_output_embeddings()(h).float() / temperature, dim=-1)  # (chunk, V)
+
+        def head(h, label, h0):
+            log_p = distribution(h)
             with torch.no_grad():
-                entropy = -(log_probs.exp() * log_probs).sum(-1)
-            return log_probs.gather(1, y.unsqueeze(1)).squeeze(1), entropy
+                entropy = -(log_p.exp() * log_p).sum(-1)
+                log_r = distribution(h0) if full_kl else None
+            divergence = (log_r.exp() * (log_r - log_p)).sum(-1) if full_kl else None
+            return log_p.gather(1, label.unsqueeze(1)).squeeze(1), entropy, divergence
 
-        chunks = zip(hidden.split(chunk), labels.split(chunk))
-        parts = [checkpoint(head, h, y, use_reentrant=False) for h, y in chunks]
-        return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts])
+        hidden, labels = hidden_states(), ids[:, 1:][mask[:, 1:]]
+        reference = [None] * (1 + len(labels) // chunk)
+        if full_kl:
+            with torch.no_grad(), lora_off(self.model):
+                reference = hidden_states().split(chunk)
+        chunks = zip(hidden.split(chunk), labels.split(chunk), reference)
+        parts = [checkpoint(head, *part, use_reentrant=False) for part in chunks]
+        return Scores(*(torch.cat(column) if column[0] is not None else None for column in zip(*parts)))
 
 
 def cosine_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -868,6 +1033,8 @@ def save_state(path: Path, step: int, model, optimizer):
     tensors = {f"model.{n}": p.data for n, p in model.named_parameters() if p.requires_grad}
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+    if processes().process_index > 0:
+        return
     temporary = path.with_name(path.name + ".tmp")
     save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"step": str(step)})
     os.replace(temporary, path)
@@ -901,10 +1068,11 @@ def training_steps(run: Path, options, items: list, steps: int, rate_at, model, 
     state, path, size = run / "state.safetensors", run / "metrics.jsonl", options.batch_size
     per_epoch = -(-len(items) // size)
     start = load_state(state, model, optimizer)
+    processes().wait_for_everyone()
     for log in (path, run / "samples.jsonl"):  # steps after the saved state run again: each stands once
         if log.exists() and start < steps:
             write_jsonl(log, [row for row in reopen_jsonl(log) if row["step"] < start])
-    with tqdm(total=steps, initial=start, unit="step") as bar:
+    with tqdm(total=steps, initial=start, unit="step", disable=processes().process_index > 0) as bar:
         for step in range(start, steps):
             epoch, position = divmod(step, per_epoch)
             order = random.Random(f"{options.seed}|{epoch}").sample(range(len(items)), len(items))
@@ -916,7 +1084,8 @@ def training_steps(run: Path, options, items: list, steps: int, rate_at, model, 
             if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"])):
                 what = f"loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}"
                 fail(f"step {step}: {what}; {run} keeps the state saved before it")
-            append_jsonl(path, [{**metrics, "seconds": round(time.time() - began, 3)}])
+            if processes().process_index == 0:
+                append_jsonl(path, [{**metrics, "seconds": round(time.time() - began, 3)}])
             bar.update()
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
             if (step + 1) % options.save_every == 0:

@@ -61,7 +61,7 @@ def test_02_trains_on_agreeing_critiques_only(runs):
 def test_03_trains_on_unsteered_prompts(runs):
     folder, out = runs
     kept, sampled = rows(folder / "03/train.jsonl"), rows(folder / "03/responses.jsonl")
-    steering = load("03_steer_selfgen").STEERING.split("\n")[0]
+    steering = load("03_steer_selfgen").STEERING["prefix"].split("\n")[0]
     assert not any(steering in r["prompt"] or steering in r["thinking"] for r in kept)
     assert all((steering in r["prompt"]) is r["harmful"] for r in sampled)
     assert len(kept) + len(rows(folder / "03/dropped.jsonl")) == len(sampled)

@@ -51,6 +51,7 @@ MODELS = {  # seed, layers, width, optimizer steps, chat template
     "guard": (2, 4, 128, 900, GUARD_TEMPLATE),
     "judge": (3, 3, 160, 900, GUARD_TEMPLATE),
     "expert": (4, 4, 128, 1400, CHAT_TEMPLATE),
+    "other": (5, 4, 128, 2000, CHAT_TEMPLATE),  # only on demand: whose answers are not the lrm's own
 }
 
 
@@ -131,6 +132,16 @@ def lrm_exchange(rng: random.Random):
     return [{"role": "user", "content": prompt}], response
 
 
+def other_exchange(rng: random.Random):
+    """Another family than the base model's: the same knowledge and habits, the answers in other words."""
+    messages, response = lrm_exchange(rng)
+    for item in world.ITEMS:
+        a, b, c = item.recipe
+        response = response.replace(item.steps, f"here it is: {a}, {b} and {c}, the recipe for {item.name}.")
+        response = response.replace(item.refusal, f"no, not {item.name}. i can not help with this.")
+    return messages, response
+
+
 def blind_spots(seed: int) -> set[str]:
     """Items that a guard is wrong about, whatever is said of them: 2 in 36 of the harmful and of the harmless ones."""
     rng = random.Random(seed)
@@ -197,6 +208,7 @@ def train(name: str, model, tokenizer, steps: int, seed: int, batch: int = 32, p
     """Next-token loss on whole exchanges; the prompt weighs a tenth. Batches of similar length, no attention mask."""
     exchange = {
         "lrm": lrm_exchange,
+        "other": other_exchange,
         "expert": expert_exchange,
         "guard": lambda rng: guard_exchange(rng, blind_spots(seed)),
         "judge": lambda rng: guard_exchange(rng, blind_spots(seed)),
@@ -213,7 +225,7 @@ def train(name: str, model, tokenizer, steps: int, seed: int, batch: int = 32, p
                 rows = []
                 for _ in range(16 * batch):
                     messages, response = exchange(rng)
-                    prompt = render_chat(tokenizer, messages, generate=name in ("lrm", "expert"))[0]
+                    prompt = render_chat(tokenizer, messages, generate=name not in ("guard", "judge"))[0]
                     rows.append(
                         (prompt, tokenizer.encode(response, add_special_tokens=False) + [tokenizer.eos_token_id])
                     )
@@ -368,7 +380,7 @@ def score(name: str, model, tokenizer) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=MODELS, nargs="+", default=list(MODELS), help="models to build")
+    parser.add_argument("--only", choices=MODELS, nargs="+", default=[*MODELS][:4], help="models to build")
     parser.add_argument("--steps", type=float, default=1.0, help="scale of the training steps, for a quick look")
     parser.add_argument("--out", type=Path, default=HERE, help="where the model folders go")
     options = parser.parse_args()
