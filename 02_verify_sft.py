@@ -203,8 +203,8 @@ def load_stage_01(folder: str) -> tuple[list[dict], dict[str, list[dict]]]:
     return rows, labels
 
 
-def train(options: Options, run: Path, examples: list[Example], tokenizer) -> dict:
-    """Cross-entropy on the responses; the last step's metrics. A step's loss is divided by that step's own number of
+def train(options: Options, run: Path, examples: list[Example], tokenizer):
+    """Cross-entropy on the responses. A step's loss is divided by that step's own number of
     label tokens, however it is cut into micro-batches (trap 11)."""
     accelerator = Accelerator()
     model = load_model(options.model)
@@ -215,7 +215,6 @@ def train(options: Options, run: Path, examples: list[Example], tokenizer) -> di
     model.train()
     steps = options.epochs * -(-len(examples) // options.batch_size)
     rate = partial(cosine_rate, steps=steps, peak=options.learning_rate, warmup=options.warmup)
-    metrics: dict = {}
     for _, batch, metrics in training_steps(run, options, examples, steps, rate, model, optimizer):
         labels, total = sum(len(example.response) for example in batch), torch.zeros((), device=accelerator.device)
         for indices, counts in own_share(micro_batches(batch, options.micro_batch_tokens)):
@@ -230,7 +229,6 @@ def train(options: Options, run: Path, examples: list[Example], tokenizer) -> di
         total = accelerator.reduce(total, "sum").item()
         metrics |= {"loss": total, "gradient_norm": norm, "label_tokens": labels}
     save_checkpoint(model, tokenizer, run / "checkpoint", options.model)
-    return {"steps": steps, "last_loss": metrics.get("loss")}
 
 
 def main():
@@ -286,7 +284,9 @@ def main():
     show_example(tokenizer, examples[0])
 
     # 3. Train, unless an earlier run of this command has finished.
-    done = {} if (run / "checkpoint").exists() else train(options, run, examples, tokenizer)
+    if not (run / "checkpoint").exists():
+        train(options, run, examples, tokenizer)
+    losses = [row["loss"] for row in read_jsonl(run / "metrics.jsonl")]
     writer = json.loads((Path(options.responses) / "options.json").read_text())["options"]["model"]
     counts = Counter(("harmful" if r["harmful"] else "benign", r["label"]) for r in kept)
     summary(
@@ -298,7 +298,7 @@ def main():
             f"{sum(r['tokens'] for r in replies)} written",
             "kept": ", ".join(f"{v} {k[0]} {k[1]}" for k, v in sorted(counts.items())),
             "dropped": ", ".join(f"{v} {k}" for k, v in Counter(r["reason"] for r in dropped).items()) or "none",
-            "trained": json.dumps(done) if done else "earlier",
+            "trained": f"{len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}",
             "test set": f"{len(test)} answers, {run}/verify_test.jsonl" if test else "none (--heldout)",
             "checkpoint": f"{run}/checkpoint",
         },

@@ -21,7 +21,7 @@ all five must be accepted), `--strip_reasoning`, `--generator other-model`, `--g
 in:  --prompts   harmful and benign prompts
 out: <run>/responses.jsonl  steered (harmful) and plain (benign) samples, a line per prompt and try
      <run>/dropped.jsonl    what was not accepted, with the reason     <run>/train.jsonl   prompt, thinking, answer
-     <run>/trained.json     steps, loss, perplexity of the data, KL    <run>/checkpoint/   LoRA merged
+     <run>/trained.json     perplexity of the data, KL     <run>/checkpoint/   LoRA merged
 """
 
 import json
@@ -37,7 +37,16 @@ from accelerate import Accelerator
 
 from common import Example, Judge, Sampling, SamplingOptions, TokenScorer, add_lora, answer_prompts, cosine_rate, fail
 from common import judge_samples, load_model, load_prompts, load_tokenizer, messages_of, micro_batches, open_run
-from common import open_sampler, own_share, pad_batch, parse_options, render_chat, require_model, response_ids
+from common import (
+    open_sampler,
+    own_share,
+    pad_batch,
+    parse_options,
+    read_jsonl,
+    render_chat,
+    require_model,
+    response_ids,
+)
 from common import save_checkpoint, show_example, summary, training_steps, write_atomic, write_jsonl
 
 # FORK HERE: the steering instructions, one user turn. "prefix" is that of the official code, word for word; of the
@@ -178,7 +187,6 @@ def train(options: Options, run: Path, examples: list[Example], by_kl: list[bool
     model.train()
     steps = options.epochs * -(-len(examples) // options.batch_size)
     rate = partial(cosine_rate, steps=steps, peak=options.learning_rate, warmup=options.warmup)
-    metrics: dict = {}
     items = list(zip(examples, by_kl))
     for _, batch, metrics in training_steps(run, options, items, steps, rate, model, optimizer):
         totals = torch.zeros(2, device=accelerator.device)  # cross-entropy, KL
@@ -200,8 +208,7 @@ def train(options: Options, run: Path, examples: list[Example], by_kl: list[bool
     model.eval()
     _, divergence = compare(scorer, examples, options, accelerator.device)
     save_checkpoint(model, tokenizer, run / "checkpoint", options.model)
-    numbers = {"steps": steps, "last_loss": metrics.get("loss"), "data_perplexity": perplexity, "data_kl": divergence}
-    write_atomic(run / "trained.json", json.dumps(numbers))
+    write_atomic(run / "trained.json", json.dumps({"data_perplexity": perplexity, "data_kl": divergence}))
 
 
 def main():
@@ -276,6 +283,7 @@ def main():
         by_kl = [options.benign_loss == "kl" and not row["harmful"] for row in kept]
         train(options, run, examples, by_kl, tokenizer)
     trained = json.loads((run / "trained.json").read_text())
+    losses = [row["loss"] for row in read_jsonl(run / "metrics.jsonl")]
 
     # 3. Say what happened, and whether losses fall on some categories more than on others.
     def counted(part: list[dict], *keys: str) -> str:
@@ -295,7 +303,7 @@ def main():
             "dropped": counted(dropped, "reason"),
             "lost": f"{len(todo)} prompts after the last try: {counted(lost_rows, 'reason')}",
             "lost most": ", ".join(f"{c} {lost[c]} of {by_category[c]}" for c in worst) or "none",
-            "trained": f"{trained['steps']} steps, last loss {trained['last_loss']:.3f}",
+            "trained": f"{len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}",
             "data": f"perplexity {trained['data_perplexity']:.3f} under the initial model",
             "shift": f"KL of the trained model to the initial one {trained['data_kl']:.3f} per token of the data",
             "checkpoint": f"{run}/checkpoint",

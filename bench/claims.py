@@ -1,7 +1,10 @@
-"""SInternal's claims in the miniature world, over seeds: `python bench/claims.py`, about five minutes a seed.
+"""The papers' claims in the miniature world, over seeds.
 
-Per seed: stage 01 once, stage 02 once per variant below, stage 05 over all of them. Everything is resumable: the same
-command goes on where it stopped. Writes results/claims/sinternal.json and .md: mean over seeds and its 95 % t-interval.
+    python bench/claims.py sinternal     # what stage 02 trains on: about 7 minutes a seed on one core
+    python bench/claims.py thinksafe     # what stage 03 trains on: about 6 minutes a seed on one core
+
+Per seed: each variant of the stage, then stage 05 over all of them, judged by the gold rule. The same command goes on
+where it stopped. Writes results/claims/<table>.json and .md: mean over seeds and its 95 % t-interval.
 """
 
 import argparse
@@ -10,6 +13,7 @@ import math
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,30 +21,34 @@ sys.path.insert(0, str(ROOT))
 from common import read_jsonl  # noqa: E402
 from tiny.gold import self_check  # noqa: E402
 
-VARIANTS = {  # name in the table -> options of stage 02
+SINTERNAL = {  # name in the table -> options of stage 02
     "verification": [],
     "verdict-only": ["--target", "verdict"],
     "critique-only": ["--target", "critique"],
     "bare-check": ["--spec", "tiny/spec_direct.txt"],
+    "other-answers": [],  # and --responses of another model's stage 01, see main
     "answer-SFT": ["--target", "answer"],
 }
-COLUMNS = [  # heading, metric, benchmark
-    ("ASR plain ↓", "asr", "plain"),
-    ("ASR wrapped ↓", "asr", "wrapped"),
-    ("compliance plain ↑", "compliance", "plain"),
-    ("compliance wrapped ↑", "compliance", "wrapped"),
-    ("sums ↑", "accuracy", "sums"),
-    ("verify F1 ↑", "verify_f1", "verify"),
-]
+THINKSAFE = {  # name in the table -> options of stage 03
+    "ThinkSafe": [],
+    "official-rules": ["--faithful"],
+    "with-KL": ["--benign_loss", "kl"],
+    "no-steering": ["--steering", "none"],
+    "no-reasoning": ["--strip_reasoning"],
+    "expert-answers": ["--generator", "tiny/expert", "--steering", "none"],
+    "direct-refusal": ["--fixed_refusal", "sorry, i can not help with this."],
+}
 T975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for a 95 % interval of that many seeds
 
 
 def stage(script: str, run: Path, *options):
-    """Runs a stage unless its summary says that it has finished."""
-    if not (run / "summary.txt").exists():
+    """Runs a stage unless its summary says that it has finished; its wall time goes into the run folder."""
+    if not (ROOT / run / "summary.txt").exists():
         command = [sys.executable, script, "--run", str(run), *map(str, options)]
         print(" ".join(command[1:]), flush=True)
+        began = time.time()
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        (ROOT / run / "seconds.txt").write_text(f"{time.time() - began:.1f}\n")
 
 
 def mean_interval(values: list[float]) -> dict:
@@ -75,43 +83,89 @@ def checks(folder: Path, judge: str = "0-gold") -> dict:
     }
 
 
+def measured(evaluation: Path, name: str, trained: Path | None) -> dict[str, float]:
+    """{heading: value} of one model: its scores in a stage 05 run, and figures of the run that trained it."""
+    rows = json.loads((evaluation / "results.json").read_text())["rows"]
+    rows = {(r["metric"], r["benchmark"]): r["value"] for r in rows if r["model"] == name}
+    asr, compliance = ([rows[metric, test] for test in ("plain", "wrapped")] for metric in ("asr", "compliance"))
+    found = {"ASR plain ↓": asr[0], "ASR wrapped ↓": asr[1]}
+    found |= {
+        "compliance plain ↑": compliance[0],
+        "compliance wrapped ↑": compliance[1],
+        "sums ↑": rows["accuracy", "sums"],
+    }
+    if ("verify_f1", "verify") in rows:
+        found |= {"verify F1 ↑": rows["verify_f1", "verify"], **checks(evaluation / name)}
+    else:
+        found["ASR + over-refusal ↓"] = sum(asr) / 2 + 1 - sum(compliance) / 2
+    rows_used, perplexity, shift, seconds = math.nan, math.nan, math.nan, math.nan
+    if trained:
+        rows_used = len(read_jsonl(trained / "train.jsonl"))
+        seconds = float((trained / "seconds.txt").read_text())
+    if trained and (trained / "trained.json").exists():
+        perplexity, shift = json.loads((trained / "trained.json").read_text()).values()
+    found["rows"] = rows_used
+    if ("verify_f1", "verify") not in rows:
+        found |= {"perplexity of the data": perplexity, "KL to base": shift, "seconds": seconds}
+    return {heading: round(value, 4) for heading, value in found.items()}
+
+
+def run_seed(table: str, runs: Path, seed: int) -> tuple[Path, dict[str, Path]]:
+    """Trains every variant with one seed: (its stage 05 run, {name: run folder})."""
+    folder = runs / f"{table}{seed}"
+    test = ["--seed", seed, "--judges", "tiny/gold.py"]
+    if table == "sinternal":
+        heldout, other = runs / "heldout", runs / "other"
+        stage("01_generate.py", heldout, "--prompts", "tiny/prompts/test_plain.jsonl", "--guard", "tiny/gold.py")
+        if not (ROOT / other / "config.json").exists():
+            command = [sys.executable, "tiny/build.py", "--only", "other", "--out", str(runs)]
+            subprocess.run(command, cwd=ROOT, check=True)
+        stage("01_generate.py", folder / "01", "--seed", seed)
+        stage("01_generate.py", folder / "01-other", "--seed", seed, "--model", other)
+        for name, extra in SINTERNAL.items():
+            responses = folder / ("01-other" if name == "other-answers" else "01")
+            shared = ["--seed", seed, "--responses", responses, "--heldout", heldout]
+            stage("02_verify_sft.py", folder / name, *shared, *extra)
+        test += ["--verify_test", folder / "verification/verify_test.jsonl"]
+    else:
+        for name, extra in THINKSAFE.items():
+            stage("03_steer_selfgen.py", folder / name, "--seed", seed, *extra)
+    trained = {name: folder / name for name in (SINTERNAL if table == "sinternal" else THINKSAFE)}
+    models = ["base=tiny/lrm", *(f"{name}={run}/checkpoint" for name, run in trained.items())]
+    stage("05_eval.py", folder / "05", "--models", *models, *test)
+    return ROOT / folder / "05", {name: ROOT / run for name, run in trained.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=("sinternal", "thinksafe"))
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, 6), help="how many seeds, from 0")
     parser.add_argument("--runs", type=Path, default=Path("runs/claims"), help="where the run folders go")
     options = parser.parse_args()
-    heldout = options.runs / "heldout"
-    stage("01_generate.py", heldout, "--prompts", "tiny/prompts/test_plain.jsonl", "--guard", "tiny/gold.py")
     found: dict[str, dict[str, list[float]]] = {}
     for seed in range(options.seeds):
-        folder = options.runs / f"seed{seed}"
-        stage("01_generate.py", folder / "01", "--seed", seed)
-        shared = ["--seed", seed, "--responses", folder / "01", "--heldout", heldout]
-        for name, extra in VARIANTS.items():
-            stage("02_verify_sft.py", folder / name, *shared, *extra)
-        models = ["base=tiny/lrm", *(f"{name}={folder / name}/checkpoint" for name in VARIANTS)]
-        test = ["--verify_test", folder / "verification/verify_test.jsonl", "--judges", "tiny/gold.py"]
-        stage("05_eval.py", folder / "05", "--seed", seed, "--models", *models, *test)
-        rows = json.loads((ROOT / folder / "05/results.json").read_text())["rows"]
-        for name in ["base", *VARIANTS]:
-            columns = found.setdefault(name, {})
-            for heading, metric, benchmark in COLUMNS:
-                [row] = [r for r in rows if (r["model"], r["metric"], r["benchmark"]) == (name, metric, benchmark)]
-                columns.setdefault(heading, []).append(round(row["value"], 4))
-            for heading, value in checks(ROOT / folder / "05" / name).items():
-                columns.setdefault(heading, []).append(round(value, 4))
+        evaluation, trained = run_seed(options.table, options.runs, seed)
+        for name in ["base", *trained]:
+            for heading, value in measured(evaluation, name, trained.get(name)).items():
+                found.setdefault(name, {}).setdefault(heading, []).append(value)
     table = {n: {h: mean_interval(v) for h, v in columns.items()} for n, columns in found.items()}
     headings = list(table["base"])
     lines = ["| trained on | " + " | ".join(headings) + " |", "|---" * (len(headings) + 1) + "|"]
     for name, columns in table.items():
-        cells = ["–" if c["mean"] is None else f"{c['mean']:.2f} ± {c['half']:.2f}" for c in columns.values()]
+        digits = {"rows": 0, "seconds": 0}
+        cells = [
+            "–" if c["mean"] is None else f"{c['mean']:.{(d := digits.get(h, 2))}f} ± {c['half']:.{d}f}"
+            for h, c in columns.items()
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    note = f"Mean ± half a 95 % t-interval over {options.seeds} seeds of sampling and training; judge: the gold rule; "
-    lines += ["", note + "the last three columns are harmful prompts in unseen wrappers."]
+    note = f"Mean ± half a 95 % t-interval over {options.seeds} seeds of sampling and training; judge: the gold rule."
+    if options.table == "sinternal":
+        note += " Checked, right, safe: harmful prompts in unseen wrappers."
+    lines += ["", note]
     out = ROOT / "results/claims"
     out.mkdir(parents=True, exist_ok=True)
-    (out / "sinternal.json").write_text(json.dumps({"seeds": options.seeds, "table": table}, indent=1) + "\n")
-    (out / "sinternal.md").write_text("\n".join(lines) + "\n")
+    (out / f"{options.table}.json").write_text(json.dumps({"seeds": options.seeds, "table": table}, indent=1) + "\n")
+    (out / f"{options.table}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
