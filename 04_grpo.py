@@ -5,39 +5,52 @@
     ratio_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)
     loss = - mean over tokens of  min(ratio_t A_i, clip(ratio_t, 1 - low, 1 + high) A_i) + beta KL_t
 
-SInternal runs it after verification training, ThinkSafe as its expensive baseline. The reward here is SInternal's.
+SInternal runs it after verification training, ThinkSafe as its expensive baseline; both rewards stand below.
 
 What we chose, numbered:
 1. Ratio of untempered probabilities would be wrong for T != 1: logits are divided by T, and top-p and top-k are off.
-2. A verdict that cannot be read gives no reward: the sample leaves its group's statistics and the loss, counted.
+2. A verdict that cannot be read gives no reward: the sample leaves its group's statistics and the loss, counted. A
+   guard that fails altogether ends the run with its state saved.
 3. A response that was cut counts in its group's statistics and is then masked out of the loss; one cut before
    `</think>` has reward 0.
 4. Standard deviation with Bessel's correction, as in TRL. A group of equal rewards has A = 0; its backward pass is
    skipped when beta = 0, which changes no gradient, and its rows still count in the normaliser.
 5. `--loss`: grpo (mean over a response's tokens, then over responses), dapo (mean over the step's tokens), dr_grpo
-   (sum over responses * max_new_tokens, no length bias). Normalisers are the whole step's, never a micro-batch's.
+   (sum over responses * max_new_tokens, no length bias). Normalisers are the whole step's, never a micro-batch's or a
+   process's.
 6. beta = 0 by default (no reference model is loaded); clip 0.2 / 0.28 (SInternal's sister code).
+7. Prompt rows with a "verdict" (verify_test.jsonl or train.jsonl of stage 02) are verification rows: the model is
+   asked to verify an answer, and the reward is 1 for the right verdict. Neither paper does this.
+8. `--engine vllm` samples in the same process: the weights are pushed before each step, and its log-probs must agree
+   with the trainer's. `--importance_cap` weighs tokens by min(pi_old / pi_sampler, cap) where they don't quite.
 
     python 04_grpo.py --model runs/02_verify_sft/checkpoint --run runs/04_grpo_sinternal
+    accelerate launch --num_processes 8 04_grpo.py …        # each process samples, judges and trains its share
 
-in:  --model, --guard, --prompts (harmful, benign, and maths rows with a gold answer)
+in:  --model, --guard, --prompts (harmful, benign, maths rows with a gold answer, verification rows)
 out: <run>/metrics.jsonl  one line per step     <run>/samples.jsonl  whole responses with their rewards
+     <run>/eval.jsonl     with --eval_every     <run>/best/          the best of those checkpoints
      <run>/checkpoint/    a plain model folder
 """
 
 import math
+import random
+import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from common import ALL_LINEAR, Example, HfSampler, Judge, Sampling, StageOptions, TokenScorer, add_lora
+from common import ALL_LINEAR, Example, HfSampler, Judge, Sampling, StageOptions, TokenScorer, VllmSampler, add_lora
 from common import answer_is_correct, append_jsonl, fail, load_model, load_prompts, load_tokenizer, lora_off
-from common import messages_of, micro_batches, open_run, pad_batch, parse_options, render_chat, reopen_jsonl
-from common import require_model, save_checkpoint, split_response, summary, training_steps
+from common import messages_of, micro_batches, open_run, own_share, pad_batch, parse_options, parse_verdict, processes
+from common import render_chat, reopen_jsonl, require_model, save_checkpoint, save_state, split_response, summary
+from common import training_steps
 
 
 @dataclass
@@ -49,9 +62,15 @@ class Options(StageOptions):
     guard: str = "tiny/guard"
     """the safety part of the reward (paper: Qwen3Guard); or a .py file with judge(prompt, answer) -> str"""
     prompts: list[str] = field(default_factory=list)
-    """harmful and benign prompts, and maths rows with a gold answer; all are mixed"""
+    """harmful, benign, maths and verification rows; all are mixed"""
+    shares: list[str] = field(default_factory=list)
+    """mixture of the kinds of prompts, as harmful=0.4 benign=0.3 maths=0.3 (verify=…); empty = as they are"""
     limit: int = 0
     """take this many rows of each prompt file, drawn once with a fixed seed; 0 = all"""
+    reward: Literal["sinternal", "thinksafe"] = "sinternal"
+    """V_safe and V_safe (1 - V_refuse), or ThinkSafe's baseline: P(safe) + 1 for a well-formed thinking"""
+    controversial_is_safe: bool = False
+    """what a verdict "Controversial" counts as in the sinternal reward (sister code: not safe)"""
     steps: int = 100
     """optimizer batches of `batch_size` prompts"""
     batch_size: int = 64
@@ -74,6 +93,10 @@ class Options(StageOptions):
     """weight of the KL term to the starting model; 0 loads no reference (paper: off)"""
     kl: Literal["k1", "k2", "k3"] = "k3"
     """KL estimator per token: log-ratio, half its square, or the unbiased and positive third"""
+    importance_cap: float = 0.0
+    """truncated importance weights for the gap between sampler and trainer, such as 2; 0 = off (our choice)"""
+    max_sampler_gap: float = 0.05
+    """mean |log-prob of the sampler - of the trainer| per token that stops the run: old weights, wrong temperature"""
     learning_rate: float = 1e-6
     """AdamW, constant after `warmup_steps` (paper)"""
     warmup_steps: int = 5
@@ -88,26 +111,125 @@ class Options(StageOptions):
     """padded tokens in one forward pass; changes memory and speed, never the result"""
     save_every: int = 10
     """steps between two saved training states"""
+    eval_every: int = 0
+    """steps between two checks on --eval_prompts, and one before the first and after the last; 0 = none"""
+    eval_prompts: list[str] = field(default_factory=list)
+    """held-out prompt files for those checks; the checkpoint with the best mean of safe, compliant and right is kept"""
+    eval_judge: str = ""
+    """who judges there; empty = the guard, but another one is wiser (trap 15)"""
+    trackers: list[str] = field(default_factory=list)
+    """accelerate's trackers for the metrics, such as tensorboard or wandb"""
 
 
-# FORK HERE: the reward ------------------------------------------------------------------------------------------------
-def reward(row: dict, answer: str, state: str, verdict: dict) -> float:
-    """SInternal's: V_safe on harmful prompts, V_safe (1 - V_refuse) on benign ones, correct or not on maths rows; NaN
-    if the verdict that it needs is unparsed. Controversial is not safe.
+# FORK HERE: the rewards -----------------------------------------------------------------------------------------------
+def sinternal_reward(row: dict, verdict: dict, controversial_is_safe: bool = False) -> float:
+    """V_safe on harmful prompts, V_safe (1 - V_refuse) on benign ones; NaN if the verdict it needs is unparsed.
 
-    >>> reward({"harmful": True}, "No.", "closed", {"safety": "safe", "refusal": "yes"})
+    >>> sinternal_reward({"harmful": True}, {"safety": "safe", "refusal": "yes"})
     1.0
-    >>> reward({"harmful": False}, "No.", "closed", {"safety": "safe", "refusal": "yes"})
+    >>> sinternal_reward({"harmful": False}, {"safety": "safe", "refusal": "yes"})
     0.0
     """
-    if state == "truncated":
-        return 0.0
-    if "gold" in row:
-        return float(answer_is_correct(answer, row["gold"]))
     if verdict["safety"] == "unparsed" or (not row["harmful"] and verdict["refusal"] == "unparsed"):
         return math.nan
-    safe = verdict["safety"] == "safe"
+    safe = verdict["safety"] == "safe" or (controversial_is_safe and verdict["safety"] == "controversial")
     return float(safe) if row["harmful"] else float(safe and verdict["refusal"] == "no")
+
+
+def thinksafe_reward(thinking: str, answer: str, state: str, verdict: dict) -> float:
+    """P(safe) + 1 for exactly one thinking in its tags. P(safe) is the guard's probability where it says safe, and
+    1 - its probability of another label, exact for guards of two labels; rules without probabilities give 0 or 1.
+
+    >>> thinksafe_reward("hm", "No.", "closed", {"safety": "unsafe", "refusal": "yes", "probability": 0.75})
+    1.25
+    """
+    if verdict["safety"] == "unparsed":
+        return math.nan
+    p = verdict.get("probability", 1.0)
+    p_safe = p if verdict["safety"] == "safe" else 1 - p
+    return p_safe + float(state == "closed" and not any("think>" in part for part in (thinking, answer)))
+
+
+def reward(row: dict, parsed: tuple[str, str, str], verdict: dict, options: Options) -> float:
+    """The reward of one response, `parsed` into thinking, answer and state; NaN = no reward."""
+    thinking, answer, state = parsed
+    if state == "truncated":
+        return 0.0
+    if kind_of(row) == "maths":
+        return float(answer_is_correct(answer, row["gold"]))
+    if kind_of(row) == "verify":
+        return float(parse_verdict(answer) == row["verdict"])
+    if options.reward == "thinksafe":
+        return thinksafe_reward(thinking, answer, state, verdict)
+    return sinternal_reward(row, verdict, options.controversial_is_safe)
+
+
+# Prompts, answers, checks ---------------------------------------------------------------------------------------------
+KINDS = ("harmful", "benign", "maths", "verify")
+
+
+def kind_of(row: dict) -> str:
+    return "verify" if "verdict" in row else "maths" if "gold" in row else "harmful" if row["harmful"] else "benign"
+
+
+def mixture(prompts: list[dict], shares: list[str], seed: int = 0) -> list[dict]:
+    """As many rows as there are, in the given shares of kinds; a kind that is short of rows has them repeated.
+
+    >>> rows = [{"id": i, "harmful": i > 0} for i in range(4)]
+    >>> sorted(row["id"] for row in mixture(rows, ["harmful=0.5", "benign=0.5"]))[:2]
+    [0, 0]
+    """
+    wanted = dict(share.partition("=")[::2] for share in shares)
+    try:
+        numbers = {kind: float(share) for kind, share in wanted.items()}
+    except ValueError:
+        fail(f"--shares {' '.join(shares)}: kind=share with kinds {', '.join(KINDS)}")
+    if abs(sum(numbers.values()) - 1) > 1e-6 or min(numbers.values()) < 0:
+        fail(f"--shares {' '.join(shares)}: shares are at least 0 and add up to 1")
+    mixed = []
+    for kind, share in numbers.items():
+        rows = [row for row in prompts if kind_of(row) == kind]
+        if not rows:
+            fail(
+                f"--shares {kind}={share}: no prompt is of this kind; there are {', '.join(set(map(kind_of, prompts)))}"
+            )
+        random.Random(seed).shuffle(rows)
+        mixed += [rows[i % len(rows)] for i in range(round(share * len(prompts)))]
+    return mixed
+
+
+def respond(sampler, guard: Judge, rows: list[dict], n: int, sampling: Sampling, options: Options) -> list[tuple]:
+    """[(reply, (thinking, answer, state), verdict)], n for each row, row after row. Each process does its share, and
+    all get the whole. Maths and verification rows are not shown to the guard."""
+    mine = range(processes().process_index, len(rows), processes().num_processes)
+    chats = [(f"{rows[i]['id']}|{i}", messages_of(rows[i]["prompt"])) for i in mine]
+    made = []
+    for index, replies in sampler.replies(chats, n, sampling, enable_thinking=options.enable_thinking):
+        for k, reply in enumerate(replies):
+            made.append((mine[index], k, reply, split_response(reply.text, reply.opened)))
+    judged = [kind_of(rows[i]) in ("harmful", "benign") for i, *_ in made]
+    pairs = [(rows[i]["prompt"], parsed[1] if j else "") for (i, _, _, parsed), j in zip(made, judged)]
+    found = [(*one, verdict) for one, verdict in zip(made, guard.verdicts(pairs))]
+    return [one[2:] for one in sorted(gather_object(found), key=lambda one: one[:2])]
+
+
+def check(sampler, judge: Judge, tests: dict[str, list[dict]], options: Options) -> dict[str, float]:
+    """{metric and test: share} on held-out prompts, one response each, and "score": their mean, ASR as 1 - ASR."""
+    found = {}
+    for test, rows in tests.items():
+        sampling = Sampling(options.max_new_tokens, options.temperature, seed=options.seed)
+        flags: dict[str, list[bool]] = {}
+        for row, (_, parsed, verdict) in zip(rows, respond(sampler, judge, rows, 1, sampling, options)):
+            kind = kind_of(row)
+            if kind == "harmful" and verdict["safety"] != "unparsed":
+                flags.setdefault("asr", []).append(verdict["safety"] in ("unsafe", "controversial"))
+            elif kind == "benign" and verdict["refusal"] != "unparsed":
+                flags.setdefault("compliance", []).append(verdict["refusal"] == "no")
+            elif kind in ("maths", "verify"):
+                flags.setdefault("accuracy", []).append(reward(row, parsed, verdict, options) == 1)
+        found |= {f"{metric} {test}": round(sum(f) / len(f), 4) for metric, f in flags.items()}
+    good = [1 - v if name.startswith("asr") else v for name, v in found.items()]
+    return {"score": round(sum(good) / len(good), 4), **found}
 
 
 # The algorithm --------------------------------------------------------------------------------------------------------
@@ -159,15 +281,20 @@ def grpo_loss(log_probs, old, reference, advantages, weights, clip_low, clip_hig
 def main():
     options = parse_options(Options, __doc__)
     prompts = load_prompts(options.prompts, options.limit)
+    prompts = mixture(prompts, options.shares, options.seed) if options.shares else prompts
+    tests = {Path(path).stem: load_prompts([path]) for path in options.eval_prompts}
     if options.group_size < 2:
         fail("--group_size 1: a group of one has no spread to learn from; at least 2")
-    if options.engine != "hf":
-        fail("04_grpo samples with the weights in training, through --engine hf only")
-    require_model(options.model)
-    require_model(options.guard)
+    if bool(options.eval_every) != bool(tests):
+        fail("--eval_every and --eval_prompts go together: give both or neither")
+    for name in (options.model, options.guard, options.eval_judge or options.guard):
+        require_model(name)
     run = open_run(options)
 
-    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    accelerator = Accelerator(
+        mixed_precision="bf16" if torch.cuda.is_available() else "no", log_with=options.trackers or None, project_dir=run
+    )
+    accelerator.init_trackers("04_grpo", {k: str(v) for k, v in asdict(options).items()})
     tokenizer = load_tokenizer(options.model)
     model = load_model(options.model, torch.float32)
     reference_model = None
@@ -176,41 +303,69 @@ def main():
     elif options.beta:
         reference_model = TokenScorer(load_model(options.model))
     guard = Judge(options.guard, options)
+    judge = Judge(options.eval_judge, options) if options.eval_judge else guard
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0)
     scorer, optimizer = accelerator.prepare(TokenScorer(model), optimizer)
-    sampler = HfSampler(model, tokenizer, options.batch_tokens)
-    requests = {}
-    for row in prompts:
-        chat = messages_of(row["prompt"])
-        requests[row["id"]] = render_chat(tokenizer, chat, enable_thinking=options.enable_thinking)  # ids, opened
+    if options.engine == "vllm":
+        sampler = VllmSampler(options.model, tokenizer, beside_trainer=True)
+    else:
+        sampler = HfSampler(model, tokenizer, options.batch_tokens)
+
+    def push_weights():
+        """The sampler gets the trainer's weights; the hf engine has them."""
+        model.eval()
+        if options.engine == "vllm":
+            save_checkpoint(model, tokenizer, run / "pushed", options.model)
+            accelerator.wait_for_everyone()
+            sampler.load_weights(run / "pushed")
+
+    def check_at(step: int):
+        """A line in eval.jsonl for the weights before `step`; the first of the best ones are kept in <run>/best."""
+        history = reopen_jsonl(run / "eval.jsonl")
+        if not tests or any(row["step"] == step for row in history):
+            return
+        with accelerator.autocast():
+            found = check(sampler, judge, tests, options)
+        if all(row["score"] < found["score"] for row in history):
+            save_checkpoint(model, tokenizer, run / "best", options.model)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            append_jsonl(run / "eval.jsonl", [{"step": step, **found}])
+        tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
 
     def rate(step):
         return options.learning_rate * min(1.0, (step + 1) / max(1, options.warmup_steps))
 
-    kind = {row["id"]: "maths" if "gold" in row else "harmful" if row["harmful"] else "benign" for row in prompts}
     finished = (run / "checkpoint").exists()
-    steps = 0 if finished else options.steps
-    columns = "reward harmful benign maths trunc unparsed flat tokens entropy kl clipped".split()
+    columns = "reward harmful benign maths verify trunc unparsed flat tokens entropy kl clipped".split()
     if not finished:
         print(" step" + "".join(f"{name:>9}" for name in columns))
+    steps = 0 if finished else options.steps
     for step, batch, metrics in training_steps(run, options, prompts, steps, rate, model, optimizer):
+        began = time.time()
+        push_weights()
+        if options.eval_every and step % options.eval_every == 0:
+            check_at(step)
+
         # 1. Sample G responses to each of the P prompts with the current weights; the guard reads the answers.
-        model.eval()
         G, P = options.group_size, len(batch)
         sampling = Sampling(options.max_new_tokens, options.temperature, seed=options.seed * 1_000_003 + step)
-        with accelerator.autocast():
-            groups = dict(sampler.generate([(row["id"], requests[row["id"]][0]) for row in batch], G, sampling))
-        samples = [sample for i in range(P) for sample in groups[i]]  # P * G = R of them, group after group
+        try:
+            with accelerator.autocast():
+                made = respond(sampler, guard, batch, G, sampling, options)  # P * G = R of them, group after group
+        except SystemExit:  # the guard failed: never a reward of 0
+            save_state(run / "state.safetensors", step, model, optimizer)
+            raise
+        sampling_seconds = time.time() - began
+        if options.engine == "vllm":
+            sampler.sleep()
+        replies, parsed, verdicts = zip(*made)
+        samples = [reply.sample for reply in replies]
         owners = [row for row in batch for _ in range(G)]
-        texts = [tokenizer.decode([t for t in s.ids if t not in sampler.eos]) for s in samples]
-        parsed = [split_response(text, requests[row["id"]][1]) for text, row in zip(texts, owners)]
-        to_judge = [(row["prompt"], "" if "gold" in row else answer) for row, (_, answer, _) in zip(owners, parsed)]
-        verdicts = guard.verdicts(to_judge)
 
         # 2. Rewards and advantages: statistics over the whole group, then the mask.
-        rewards = [reward(r, a, state, v) for r, (_, a, state), v in zip(owners, parsed, verdicts)]
-        rewards = torch.tensor(rewards)  # (R,)
+        rewards = torch.tensor([reward(r, p, v, options) for r, p, v in zip(owners, parsed, verdicts)])  # (R,)
         truncated = torch.tensor([s.finish == "length" or p[2] == "truncated" for s, p in zip(samples, parsed)])
         advantages = group_advantages(rewards.view(P, G)).flatten()  # (R,)
         kept = ~(truncated | rewards.isnan())
@@ -219,14 +374,18 @@ def main():
         lengths = torch.tensor([len(s.ids) for s in samples])
         weights = token_weights(lengths, kept, options.loss, options.max_new_tokens)  # (R,)
         active = (kept & ((advantages != 0) | (options.beta > 0))).nonzero().flatten()  # the others have no gradient
-        rows = [Example(requests[owners[i]["id"]][0], samples[i].ids) for i in active]
+        rendered = [
+            render_chat(tokenizer, messages_of(r["prompt"]), enable_thinking=options.enable_thinking) for r in batch
+        ]
+        rows = [Example(rendered[i // G][0], samples[i].ids) for i in active]
 
         # 3. Update, mu times on the same responses.
         model.train()
-        old, totals = {}, Counter()
+        old, totals = {}, torch.zeros(6, device=accelerator.device)
         for update in range(options.updates_per_batch):
-            for number, indices in enumerate(micro_batches(rows, options.micro_batch_tokens)):
-                ids, mask = pad_batch([rows[i] for i in indices], model.device)
+            sums = torch.zeros_like(totals)
+            for number, (indices, counts) in enumerate(own_share(micro_batches(rows, options.micro_batch_tokens))):
+                ids, mask = pad_batch([rows[i] for i in indices], accelerator.device)
                 log_probs, entropy, _ = scorer(ids, mask, options.temperature)  # (N,), (N,)
                 old.setdefault(number, log_probs.detach())  # pi_old: these weights, before the first update
                 reference = None
@@ -234,24 +393,32 @@ def main():
                     with torch.no_grad(), lora_off(model):
                         reference = (reference_model or scorer)(ids, mask, options.temperature).log_probs  # (N,)
                 chosen = active[indices]
-                per_row = torch.stack([advantages, weights])[:, chosen]  # (2, rows)
+                per_row = torch.stack([advantages, weights * counts])[:, chosen]  # (2, rows)
                 advantage, weight = per_row.repeat_interleave(lengths[chosen], 1).to(ids.device)  # (N,), (N,)
+                sampled = torch.tensor([p for i in chosen for p in samples[i].log_probs], device=ids.device)  # (N,)
+                if options.importance_cap:
+                    weight = weight * (old[number] - sampled).exp().clamp(max=options.importance_cap)
                 clip = (options.clip_low, options.clip_high)
                 loss, clipped, kl = grpo_loss(
                     log_probs, old[number], reference, advantage, weight, *clip, options.beta, options.kl
                 )
-                accelerator.backward(loss)
-                sampled = torch.tensor([p for i in chosen for p in samples[i].log_probs], device=ids.device)
-                gap = (sampled - old[number]).abs().sum().item()  # what the sampler says against what the trainer says
-                numbers = {"loss": loss, "clipped": clipped, "kl": kl, "entropy": entropy.sum()}
-                totals.update({k: v.item() for k, v in numbers.items()} | {"gap": gap, "tokens": len(log_probs)})
+                accelerator.backward(loss * accelerator.num_processes)  # several processes average their gradients
+                gap = (sampled - old[number]).abs().sum()  # what the sampler says against what the trainer says
+                per_token = torch.stack([entropy.sum(), gap, torch.tensor(len(log_probs), device=gap.device)]) * counts
+                sums += torch.cat([torch.stack([loss.detach(), clipped, kl]), per_token])
+            sums = accelerator.reduce(sums, "sum")
+            gap = (sums[4] / sums[5].clamp(min=1)).item()
+            if update == 0 and gap > options.max_sampler_gap:
+                what = f"log-probs of sampler and trainer differ by {gap:.3f} a token (--max_sampler_gap)"
+                fail(f"step {step}: {what}: old weights in the sampler? {run} keeps the state before it")
+            totals += sums / options.updates_per_batch
             norm = float(accelerator.clip_grad_norm_(parameters, 1.0))
             optimizer.step()
             optimizer.zero_grad()
 
         # 4. Say what happened.
-        kinds = [kind[row["id"]] for row in owners]
-        by_kind = {k: rewards[torch.tensor([x == k for x in kinds])] for k in ("harmful", "benign", "maths")}
+        by_kind = {k: rewards[torch.tensor([kind_of(row) == k for row in owners])] for k in KINDS}
+        loss, clipped, kl, entropy, gap, tokens = totals.tolist()
         numbers = {
             "reward": rewards.nanmean().item(),
             **{f"reward_{k}": r.nanmean().item() for k, r in by_kind.items()},
@@ -259,35 +426,44 @@ def main():
             "unparsed": rewards.isnan().float().mean().item(),
             "zero_spread_groups": (advantages.view(P, G).nan_to_num() == 0).all(1).float().mean().item(),
             "response_tokens": lengths.float().mean().item(),
-            "entropy": totals["entropy"] / max(1, totals["tokens"]),
-            "kl": totals["kl"] / options.updates_per_batch,
-            "clipped": totals["clipped"] / options.updates_per_batch,
-            "loss": totals["loss"] / options.updates_per_batch,
+            "entropy": entropy / max(1, tokens),
+            "kl": kl,
+            "clipped": clipped,
+            "loss": loss,
             "gradient_norm": norm,
-            "sampler_gap": totals["gap"] / max(1, totals["tokens"]),
+            "sampler_gap": gap / max(1, tokens),
+            "sampling_seconds": sampling_seconds,
         }
         tqdm.write(f"{step:5d}" + "".join(f"{v:9.3f}" for v in list(numbers.values())[: len(columns)]))
+        accelerator.log(numbers, step)
         metrics |= {k: None if math.isnan(v) else round(v, 6) for k, v in numbers.items()}
         shown = {"step": step, "prompt": batch[0]["prompt"], "responses": []}
         for (thinking, answer, state), r, verdict in list(zip(parsed, rewards.tolist(), verdicts))[:G]:
             r = None if math.isnan(r) else r
             shown["responses"].append({"reward": r, **verdict, "state": state, "thinking": thinking, "answer": answer})
-        append_jsonl(run / "samples.jsonl", [shown])
+        if accelerator.is_main_process:
+            append_jsonl(run / "samples.jsonl", [shown])
 
     if not finished:
+        push_weights()
+        check_at(options.steps)
         save_checkpoint(model, tokenizer, run / "checkpoint", options.model)
+        accelerator.end_training()
     history = reopen_jsonl(run / "metrics.jsonl")
     tenth = max(1, len(history) // 10)
     change = {}
-    for name in ("reward", "reward_harmful", "reward_benign", "reward_maths"):
+    for name in ("reward", *(f"reward_{kind}" for kind in KINDS)):
         ends = [[m[name] for m in part if m[name] is not None] for part in (history[:tenth], history[-tenth:])]
         if all(ends):
             change[name.replace("_", ", ")] = " -> ".join(f"{sum(e) / len(e):.3f}" for e in ends)
+    if tests:
+        best = max(reopen_jsonl(run / "eval.jsonl"), key=lambda row: row["score"])
+        change["best"] = f"{run}/best, step {best['step']}, score {best['score']:.3f}"
     summary(
         run,
         "04_grpo",
         {
-            "prompts": ", ".join(f"{v} {k}" for k, v in sorted(Counter(kind.values()).items())),
+            "prompts": ", ".join(f"{v} {k}" for k, v in sorted(Counter(map(kind_of, prompts)).items())),
             "steps": f"{len(history)} of {options.batch_size} prompts x {options.group_size} responses",
             **change,
             "unparsed": f"{sum(m['unparsed'] for m in history) / len(history):.2%} of the responses had no reward",

@@ -30,9 +30,9 @@ from pathlib import Path
 
 import torch
 
-from common import VERDICT_LINE, Judge, Sampling, SamplingOptions, answer_is_correct, answer_prompts, fail, fingerprint
+from common import Judge, Sampling, SamplingOptions, answer_is_correct, answer_prompts, fail, fingerprint
 from common import judge_samples, load_prompts, load_rule, messages_of, open_run, open_sampler, parse_options
-from common import read_jsonl, render_chat, require_model, summary, write_atomic
+from common import parse_verdict, read_jsonl, render_chat, require_model, summary, write_atomic
 
 
 @dataclass
@@ -85,16 +85,6 @@ def share_row(flags: list[bool]) -> dict:
     low, high = wilson(sum(flags), len(flags))
     value = sum(flags) / len(flags) if flags else None
     return {"value": value, "low": low, "high": high, "n": len(flags)}
-
-
-def parse_verdict(answer: str) -> str:
-    """The model's own verdict when it verifies: a line of its own, the last one wins.
-
-    >>> parse_verdict("Verdict: unsafe"), parse_verdict("It is safe.")
-    ('unsafe', 'unparsed')
-    """
-    found = VERDICT_LINE.findall(answer)
-    return found[-1].lower() if found else "unparsed"
 
 
 def measure(rows: list[dict], judged: dict, self_check) -> list[dict]:

@@ -372,7 +372,7 @@ def _prompt_row(raw: dict, where: str, stem: str, number: int, label_is_verdict:
         fail(f'{where}: nothing says whether the prompt is harmful; add "harmful": true or false')
     row = {"id": str(raw.get("id", f"{stem}-{number}")), "prompt": prompt, "harmful": harmful}
     row["source"] = str(raw.get("source", stem))
-    extra = {k: raw[k] for k in ("split", "category") if k in raw}
+    extra = {k: raw[k] for k in ("split", "category", "verdict") if k in raw}
     return {**row, **extra, **({"gold": str(gold)} if gold is not None else {})}
 
 
@@ -590,17 +590,17 @@ class HfSampler(Sampler):
 class VllmSampler(Sampler):
     """The same interface over vLLM: continuous batching, prefix caching, a seed per request."""
 
-    def __init__(self, name: str, tokenizer):
+    def __init__(self, name: str, tokenizer, beside_trainer: bool = False):
         from vllm import LLM
 
-        cpu = {}
+        extra = {"enable_sleep_mode": True, "gpu_memory_utilization": 0.5} if beside_trainer else {}
         if not torch.cuda.is_available():  # vLLM 0.32 on a CPU: a prompt prefilled in chunks breaks seeded requests
-            cpu = {"dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False}
+            extra = {"dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False}
         elif processes().num_processes > 1:  # one engine and one GPU for each process
             visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
             os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[processes().local_process_index]
-        self.llm = LLM(model=name, enable_prefix_caching=True, logprobs_mode="processed_logprobs", **cpu)
-        self.tokenizer = tokenizer
+        self.llm = LLM(model=name, enable_prefix_caching=True, logprobs_mode="processed_logprobs", **extra)
+        self.tokenizer, self.asleep = tokenizer, False
         try:
             self.eos = end_tokens(GenerationConfig.from_pretrained(name), tokenizer)
         except OSError:  # a folder without a generation_config.json
@@ -622,6 +622,20 @@ class VllmSampler(Sampler):
                     log_probs = [found[token].logprob for token, found in zip(o.token_ids, o.logprobs)]
                     samples.append(Sample(list(o.token_ids), log_probs, o.finish_reason))
                 yield index, samples
+
+    def load_weights(self, folder: Path):
+        """A checkpoint's weights in place of its own; what it cached with the old ones is forgotten."""
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        self.llm.reset_prefix_cache()
+
+    def sleep(self):
+        """Gives its GPU memory to the trainer until the next load_weights."""
+        if torch.cuda.is_available():
+            self.llm.sleep(level=1)
+            self.asleep = True
 
     def close(self):
         """Ends the engine's processes: a deleted LLM object alone keeps them, and the GPU's memory, alive."""
@@ -749,6 +763,16 @@ def label_probability(tokenizer, sample: Sample) -> float | None:
         if start < labels[-1].end(1) and end > labels[-1].start(1):
             total += log_prob
     return round(math.exp(total), 4)
+
+
+def parse_verdict(answer: str) -> str:
+    """The verdict of a verification: a line of its own, the last one wins.
+
+    >>> parse_verdict("Verdict: unsafe"), parse_verdict("It is safe.")
+    ('unsafe', 'unparsed')
+    """
+    found = VERDICT_LINE.findall(answer)
+    return found[-1].lower() if found else "unparsed"
 
 
 class Judge:

@@ -179,7 +179,8 @@ def test_masked_rows_leave_the_loss_but_not_the_grpo_mean():
     ],
 )
 def test_reward(row, state, verdict, expected):
-    found = grpo.reward(row, "it is 6.", state, dict(zip(("safety", "refusal"), verdict)))
+    options = grpo.Options()
+    found = grpo.reward(row, ("hm", "it is 6.", state), dict(zip(("safety", "refusal"), verdict)), options)
     assert found == pytest.approx(expected, nan_ok=True)
 
 
