@@ -292,7 +292,9 @@ def main():
     run = open_run(options)
 
     accelerator = Accelerator(
-        mixed_precision="bf16" if torch.cuda.is_available() else "no", log_with=options.trackers or None, project_dir=run
+        mixed_precision="bf16" if torch.cuda.is_available() else "no",
+        log_with=options.trackers or None,
+        project_dir=run,
     )
     accelerator.init_trackers("04_grpo", {k: str(v) for k, v in asdict(options).items()})
     tokenizer = load_tokenizer(options.model)

@@ -67,7 +67,7 @@ PRESETS = {  # one row each; an inner dictionary holds what only the stage of th
         "01": {"prompts": ["tiny/prompts/train.jsonl"]},
         "02": {"spec": "tiny/spec.txt", "learning_rate": 3e-4, "epochs": 4, "batch_size": 8, "max_critique_tokens": 64},
         "03": {"steering": ["prefix"] * 3, "learning_rate": 1e-3, "lora_targets": ALL_LINEAR},
-        "04": {"temperature": 1.0, "steps": 40, "batch_size": 16, "learning_rate": 1e-4},
+        "04": {"temperature": 1.0, "steps": 40, "batch_size": 16, "learning_rate": 1e-4, "max_sampler_gap": 1e-4},
         "05": {
             "benchmarks": [f"{name}=tiny/prompts/test_{name}.jsonl" for name in ("plain", "wrapped", "sums")],
             "self_checker": "tiny/gold.py",
@@ -153,7 +153,11 @@ def parse_options(cls, description: str):
     if unknown:
         fail(f"there is no option {unknown[0]} (--help lists them)")
     for name, value in dataclasses.asdict(parsed).items():
-        least = 0 if name in ("limit", "top_k", "lora_rank", "warmup_steps") or isinstance(value, float) else 1
+        least = (
+            0
+            if name in ("limit", "top_k", "lora_rank", "warmup_steps", "eval_every") or isinstance(value, float)
+            else 1
+        )
         if type(value) in (int, float) and name != "seed" and not value >= least:
             fail(f"--{name} {value}: it must be at least {least}")
     if not 0 < getattr(parsed, "top_p", 1.0) <= 1:
@@ -587,15 +591,27 @@ class HfSampler(Sampler):
         torch.cuda.empty_cache()  # does nothing without a GPU
 
 
+class WeightReceiver:
+    """What vLLM's worker learns from us (worker_extension_cls)."""
+
+    def receive_weights(self, folder: str):
+        self.reload_weights(weights_path=folder)
+        if not torch.cuda.is_available():  # vLLM 0.32 on a CPU: a head tied to the embedding keeps its old packed copy
+            head = self.model_runner.get_model().lm_head
+            head.quant_method.process_weights_after_loading(head)
+
+
 class VllmSampler(Sampler):
     """The same interface over vLLM: continuous batching, prefix caching, a seed per request."""
 
     def __init__(self, name: str, tokenizer, beside_trainer: bool = False):
         from vllm import LLM
 
-        extra = {"enable_sleep_mode": True, "gpu_memory_utilization": 0.5} if beside_trainer else {}
+        extra = {"worker_extension_cls": "common.WeightReceiver"} if beside_trainer else {}
+        if beside_trainer and torch.cuda.is_available():
+            extra |= {"enable_sleep_mode": True, "gpu_memory_utilization": 0.5}
         if not torch.cuda.is_available():  # vLLM 0.32 on a CPU: a prompt prefilled in chunks breaks seeded requests
-            extra = {"dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False}
+            extra |= {"dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False}
         elif processes().num_processes > 1:  # one engine and one GPU for each process
             visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
             os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[processes().local_process_index]
@@ -628,7 +644,7 @@ class VllmSampler(Sampler):
         if self.asleep:
             self.llm.wake_up()
             self.asleep = False
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        self.llm.collective_rpc("receive_weights", args=(str(folder),))
         self.llm.reset_prefix_cache()
 
     def sleep(self):
