@@ -82,6 +82,8 @@ class Options(SamplingOptions):
     """names from STEERING, one for each try (paper: prefix, one try; later tries are our choice)"""
     faithful: bool = False
     """the official code's rules: one try, thinking judged with the answer, no refusal check, unreadable = safe"""
+    require_thinking: bool = True
+    """drop responses without a thinking (paper); false for models that write none"""
     strip_reasoning: bool = False
     """train refusals with an empty thinking (the paper's ablation)"""
     fixed_refusal: str = ""
@@ -123,7 +125,7 @@ def steer(prompt, text: str):
     return [*prompt[:-1], {**prompt[-1], "content": steer(prompt[-1]["content"], text)}]
 
 
-def reason_to_drop(harmful: bool, sample: dict, answer: dict, thinking: dict) -> str:
+def reason_to_drop(harmful: bool, sample: dict, answer: dict, thinking: dict, states=("closed",)) -> str:
     """ "" if the sample may be trained on, else why not; `answer` and `thinking` are the guard's verdicts.
 
     >>> sample = {"state": "closed", "thinking": "This is harmful.", "answer": "No."}
@@ -131,7 +133,7 @@ def reason_to_drop(harmful: bool, sample: dict, answer: dict, thinking: dict) ->
     >>> reason_to_drop(True, sample, safe, none), reason_to_drop(False, sample, safe, none)
     ('', 'benign prompt refused')
     """
-    if sample["state"] != "closed":
+    if sample["state"] not in states:
         return sample["state"].replace("_", " ")
     if "unparsed" in (answer["safety"], answer["refusal"], thinking["safety"]):
         return "verdict unparsed"
@@ -228,10 +230,12 @@ def main():
     template = {"enable_thinking": options.enable_thinking}
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed)
 
+    states = ("closed",) if options.require_thinking else ("closed", "no_thinking")
+
     # 1. Steer, sample and filter; what is not accepted gets another try. Benign prompts are never steered.
     kept, dropped, todo = [], [], rows
     if options.fixed_refusal:
-        fixed = {"thinking": "", "answer": options.fixed_refusal, "try": 0}
+        fixed = {"try": 0, "state": "closed", "thinking": "", "answer": options.fixed_refusal}
         kept, todo = [{**r, **fixed} for r in rows if r["harmful"]], [r for r in rows if not r["harmful"]]
     for number, name in enumerate(options.steering[: 1 if options.faithful else None], 1):
         if not todo:
@@ -257,11 +261,11 @@ def main():
             if options.faithful:
                 reasons = [faithful_reason_to_drop(*pair) for pair in zip(samples, whole[key])]
             else:
-                reasons = [
-                    reason_to_drop(row["harmful"], *three) for three in zip(samples, answers[key], thinkings[key])
-                ]
+                judgements = zip(samples, answers[key], thinkings[key])
+                reasons = [reason_to_drop(row["harmful"], *judgement, states) for judgement in judgements]
             reason = next(filter(None, reasons), "") if row["harmful"] else reasons[0]  # of five, all must be accepted
-            out = {**row, "try": number, "thinking": samples[0]["thinking"], "answer": samples[0]["answer"]}
+            shown = {name: samples[0][name] for name in ("state", "thinking", "answer")}
+            out = {**row, "try": number, **shown}
             (dropped if reason else kept).append({**out, **({"reason": reason} if reason else {})})
         accepted = {row["id"] for row in kept}
         todo = [row for row in todo if row["id"] not in accepted]
@@ -277,7 +281,8 @@ def main():
     examples = []
     for row in kept:
         prompt, opened = render_chat(tokenizer, messages_of(row["prompt"]), **template)
-        examples.append(Example(prompt, response_ids(tokenizer, row["thinking"], row["answer"], opened)))
+        thinking = None if row["state"] == "no_thinking" else row["thinking"]
+        examples.append(Example(prompt, response_ids(tokenizer, thinking, row["answer"], opened)))
     show_example(tokenizer, examples[0])
     if not (run / "checkpoint").exists():
         by_kl = [options.benign_loss == "kl" and not row["harmful"] for row in kept]

@@ -327,6 +327,7 @@ def main():
         history = reopen_jsonl(run / "eval.jsonl")
         if not tests or any(row["step"] == step for row in history):
             return
+        push_weights()
         with accelerator.autocast():
             found = check(sampler, judge, tests, options)
         if all(row["score"] < found["score"] for row in history):
@@ -345,10 +346,10 @@ def main():
         print(" step" + "".join(f"{name:>9}" for name in columns))
     steps = 0 if finished else options.steps
     for step, batch, metrics in training_steps(run, options, prompts, steps, rate, model, optimizer):
-        began = time.time()
-        push_weights()
         if options.eval_every and step % options.eval_every == 0:
             check_at(step)
+        began = time.time()
+        push_weights()
 
         # 1. Sample G responses to each of the P prompts with the current weights; the guard reads the answers.
         G, P = options.group_size, len(batch)
@@ -435,6 +436,7 @@ def main():
             "gradient_norm": norm,
             "sampler_gap": gap / max(1, tokens),
             "sampling_seconds": sampling_seconds,
+            "update_seconds": time.time() - began - sampling_seconds,
         }
         tqdm.write(f"{step:5d}" + "".join(f"{v:9.3f}" for v in list(numbers.values())[: len(columns)]))
         accelerator.log(numbers, step)
@@ -447,7 +449,6 @@ def main():
             append_jsonl(run / "samples.jsonl", [shown])
 
     if not finished:
-        push_weights()
         check_at(options.steps)
         save_checkpoint(model, tokenizer, run / "checkpoint", options.model)
         accelerator.end_training()

@@ -32,7 +32,7 @@ import torch
 
 from common import Judge, Sampling, SamplingOptions, answer_is_correct, answer_prompts, fail, fingerprint
 from common import judge_samples, load_prompts, load_rule, messages_of, open_run, open_sampler, parse_options
-from common import parse_verdict, read_jsonl, render_chat, require_model, summary, write_atomic
+from common import parse_verdict, processes, render_chat, require_model, summary, write_atomic
 
 
 @dataclass
@@ -237,10 +237,10 @@ def main():
     models, benchmarks = named(options.models, "models"), named(options.benchmarks, "benchmarks")
     tests = {name: load_prompts([path], options.limit) for name, path in benchmarks.items()}
     if options.verify_test:
-        tests["verify"] = [{**row, "source": "stage 02"} for row in read_jsonl(options.verify_test)]
+        tests["verify"] = load_prompts([options.verify_test])
         benchmarks["verify"] = options.verify_test
-        if any("verdict" not in row for row in tests["verify"]) or not tests["verify"]:
-            fail(f"{options.verify_test} is no verify_test.jsonl of stage 02: rows without a verdict, or no rows")
+        if any("verdict" not in row for row in tests["verify"]):
+            fail(f"{options.verify_test} is no verify_test.jsonl of stage 02: rows without a verdict")
     if not tests:
         fail("nothing to evaluate: give --benchmarks or --verify_test")
     for name in [*models.values(), *options.judges]:
@@ -320,7 +320,8 @@ def main():
     ]
     table = markdown(results, list(models), options.judges, notes)
     write_atomic(run / "results.md", table)
-    figure(results, list(models), options.judges, run / "results.png")
+    if processes().process_index == 0:
+        figure(results, list(models), options.judges, run / "results.png")
     print("\n" + table)
     summary(
         run,

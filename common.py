@@ -75,13 +75,14 @@ PRESETS = {  # one row each; an inner dictionary holds what only the stage of th
     },
     "smollm2": {  # a real model that needs no hub (smollm2/fetch.py); it has no thinking tags and no guard beside it
         "model": "smollm2/model",
-        "guard": "smollm2/refusal_words.py",
+        "guard": "smollm2/rule_guard.py",
         "judges": ["smollm2/refusal_words.py"],
         "expert": "smollm2/model",
         "temperature": 0.2,
         "top_p": 0.9,
         "top_k": 0,
         "max_new_tokens": 128,
+        "03": {"require_thinking": False},
     },
     "qwen3-0.6b": {**QWEN3, "model": "Qwen/Qwen3-0.6B"},
     "qwen3-1.7b": {**QWEN3, "model": "Qwen/Qwen3-1.7B"},
@@ -1132,9 +1133,12 @@ def training_steps(run: Path, options, items: list, steps: int, rate_at, model, 
                 save_state(state, step + 1, model, optimizer)
 
 
-def response_ids(tokenizer, thinking: str, answer: str, opened: bool) -> list[int]:
+def response_ids(tokenizer, thinking: str | None, answer: str, opened: bool) -> list[int]:
     """Ids of a whole response with its end token; tags and end are the only special tokens in it. Built from parts,
-    because chat templates drop the thinking of assistant turns (trap 4). An answerless one ends at `</think>`."""
+    because chat templates drop the thinking of assistant turns (trap 4). An answerless one ends at `</think>`, one of a
+    model that writes no thinking (None) is its answer."""
+    if thinking is None:
+        return [*encode_plain(tokenizer, answer), tokenizer.eos_token_id]
     head = "" if opened else "<think>\n"
     tail = "\n</think>\n\n" if answer else "\n</think>"
     head, tail = (tokenizer.encode(part, add_special_tokens=False) for part in (head, tail))

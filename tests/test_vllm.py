@@ -1,14 +1,17 @@
 """The vLLM engine, for real on the CPU: `make test-vllm` (its own environment; skipped where vllm is missing)."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import run_stage
+from conftest import ROOT, run_stage
 
 pytest.importorskip("vllm")
 
-from common import HfSampler, Sampling, VllmSampler, load_model, load_tokenizer, render_chat  # noqa: E402
+from common import PRESETS, HfSampler, Sampling, VllmSampler, load_model, load_tokenizer  # noqa: E402
+from common import render_chat, save_checkpoint  # noqa: E402
 
 PROMPTS = [json.loads(line)["prompt"] for line in open("tiny/prompts/test_wrapped.jsonl")][::40]
 
@@ -54,3 +57,41 @@ def test_stage_01_samples_and_labels_with_it(tmp_path):
     run_stage("01_generate", "--engine", "vllm", "--run", tmp_path / "run", "--limit", 20, "--n", 4)
     labels = [json.loads(line) for line in (tmp_path / "run/labels.jsonl").open()]
     assert len(labels) == 20 and {v["safety"] for row in labels for v in row["verdicts"]} == {"safe", "unsafe"}
+
+
+def test_pushed_weights_arrive_and_a_skipped_push_is_caught(setup, tmp_path):
+    """After a push, log-probs are those of the new weights, tied head included; without one, they are the old ones'."""
+    ours, _, requests = setup
+    engine = VllmSampler("tiny/lrm", ours.tokenizer, beside_trainer=True)
+    changed = load_model("tiny/lrm")
+    with torch.no_grad():
+        for p in changed.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.05 * max(p.std(), 0.1))
+    save_checkpoint(changed, ours.tokenizer, tmp_path / "new", "tiny/lrm")
+
+    def gap(model):
+        gaps = []
+        for index, [sample] in engine.generate(requests, 1, Sampling(20, 1.0, seed=3)):
+            prompt = requests[index][1]
+            logits = model(input_ids=torch.tensor([prompt + sample.ids])).logits[0, len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(sample.ids).unsqueeze(1)).squeeze(1)
+            gaps.append((torch.tensor(sample.log_probs) - expected).abs().mean().item())
+        return sum(gaps) / len(gaps)
+
+    tolerance = PRESETS["tiny"]["04"]["max_sampler_gap"]
+    assert gap(ours.model) < tolerance < gap(changed)  # pushing was skipped: what stage 04 stops at
+    engine.load_weights(tmp_path / "new")
+    assert gap(changed) < tolerance < gap(ours.model)
+    engine.close()
+
+
+def test_stage_04_samples_with_it(tmp_path):
+    """Three steps at a high learning rate: the sampler's log-probs stay the trainer's; never pushed, the run stops."""
+    options = ["--engine", "vllm", "--steps", 3, "--batch_size", 4, "--guard", "tiny/gold.py", "--learning_rate", 1e-3]
+    run_stage("04_grpo", "--run", tmp_path / "run", *options)
+    assert all(json.loads(line)["sampler_gap"] < 1e-5 for line in (tmp_path / "run/metrics.jsonl").open())
+    skipped = "import common, runpy, sys; common.VllmSampler.load_weights = lambda *_: None; sys.argv = sys.argv[1:];"
+    skipped += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", skipped, "04_grpo.py", "--run", str(tmp_path / "skipped"), *map(str, options)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode != 0 and "log-probs of sampler and trainer differ" in done.stderr

@@ -1,0 +1,124 @@
+"""Where GRPO gets from each start, in the miniature world over seeds: `python bench/curves.py`, about 12 minutes a seed
+on one core, after both tables of bench/claims.py, whose checkpoints are the starts.
+
+Equal steps and samples. Every ten steps the gold rule judges the unseen prompts. The base start goes on beyond the
+other starts' 40 steps, until it is as safe as ThinkSafe: how much longer does it take? The same command goes on where
+it stopped. Writes results/claims/grpo.json, .md and .png: mean over seeds and its 95 % t-interval.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from claims import ROOT, mean_interval, read_jsonl, stage
+
+RUNS = {  # name -> (folder of bench/claims.py whose checkpoint it starts from, options of stage 04)
+    "base": (None, ["--steps", 100]),
+    "answer-SFT": ("sinternal{}/answer-SFT", []),
+    "SInternal": ("sinternal{}/verification", []),
+    "ThinkSafe": ("thinksafe{}/ThinkSafe", []),
+    "ThinkSafe-reward": (None, ["--reward", "thinksafe"]),
+    "beta-0.04": (None, ["--beta", 0.04]),
+    "verification-rows": (None, ["--shares", "harmful=0.3", "benign=0.3", "maths=0.2", "verify=0.2"]),
+}
+METRICS = {  # in eval.jsonl -> heading
+    "asr test_plain": "ASR plain ↓",
+    "asr test_wrapped": "ASR wrapped ↓",
+    "compliance test_plain": "compliance plain ↑",
+    "compliance test_wrapped": "compliance wrapped ↑",
+    "accuracy test_sums": "sums ↑",
+}
+STEPS = 40
+PROMPTS = ["tiny/prompts/train.jsonl", "tiny/prompts/train_sums.jsonl"]
+CHECKS = ["--eval_every", 10, "--eval_judge", "tiny/gold.py"]
+CHECKS += ["--eval_prompts", *(f"tiny/prompts/test_{name}.jsonl" for name in ("plain", "wrapped", "sums"))]
+
+
+def run_seed(runs: Path, seed: int, names: list[str]) -> dict[str, Path]:
+    """{name: run folder} of every GRPO run with one seed."""
+    folders = {}
+    for name in names:
+        start, extra = RUNS[name]
+        model = runs / start.format(seed) / "checkpoint" if start else "tiny/lrm"
+        if name == "verification-rows":  # the answers that stage 02 verified, with its guard's labels
+            extra = [*extra, "--prompts", *PROMPTS, runs / f"sinternal{seed}/verification/train.jsonl"]
+        folders[name] = runs / f"grpo{seed}" / name
+        stage("04_grpo.py", folders[name], "--seed", seed, "--model", model, *CHECKS, *extra)
+    return folders
+
+
+def time_ratio(runs: Path, seed: int) -> tuple[float, bool]:
+    """GRPO's seconds until its ASR on unseen wrappers is ThinkSafe's, over ThinkSafe's; False if it never got there."""
+    rows = read_jsonl(ROOT / runs / f"grpo{seed}/base/eval.jsonl")
+    goal = read_jsonl(ROOT / runs / f"grpo{seed}/ThinkSafe/eval.jsonl")[0]["asr test_wrapped"]
+    reached = next((row["step"] for row in rows if row["asr test_wrapped"] <= goal), None)
+    steps = read_jsonl(ROOT / runs / f"grpo{seed}/base/metrics.jsonl")[:reached]
+    seconds = sum(m["sampling_seconds"] + m["update_seconds"] for m in steps)
+    return seconds / float((ROOT / runs / f"thinksafe{seed}/ThinkSafe/seconds.txt").read_text()), reached is not None
+
+
+def figure(curves: dict, path: Path):
+    """A panel per metric, a line and band per start; the variants of the base start are dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, len(METRICS) + 1, figsize=(18, 3.6), layout="constrained")
+    for axis, (metric, title) in zip(axes, [*METRICS.items(), ("reward", "guard's reward ↑")]):
+        for number, (name, found) in enumerate(curves.items()):
+            points = [(step, p) for step, p in found[metric].items() if step <= STEPS]
+            x, mean, half = zip(*((step, p["mean"], p["half"]) for step, p in points))
+            axis.plot(x, mean, "-" if number < 4 else "--", color=f"C{number}", label=name)
+            low, high = [m - h for m, h in zip(mean, half)], [m + h for m, h in zip(mean, half)]
+            axis.fill_between(x, low, high, color=f"C{number}", alpha=0.12)
+        axis.set(title=title, xlabel="step", ylim=(-0.03, 1.03 if metric != "reward" else None))
+        axis.grid(alpha=0.3)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(curves), fontsize=9)
+    fig.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, choices=range(1, 6), help="how many seeds, from 0")
+    parser.add_argument("--runs", type=Path, default=Path("runs/claims"), help="where bench/claims.py put its runs")
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="some of the runs")
+    options = parser.parse_args()
+    folders = [run_seed(options.runs, seed, options.only) for seed in range(options.seeds)]
+    curves: dict[str, dict[str, dict[int, dict]]] = {}
+    for name in options.only:
+        checks = [{row["step"]: row for row in read_jsonl(ROOT / f[name] / "eval.jsonl")} for f in folders]
+        rewards = [[m["reward"] for m in read_jsonl(ROOT / f[name] / "metrics.jsonl")] for f in folders]
+        found = {m: {s: mean_interval([c[s][m] for c in checks]) for s in checks[0]} for m in METRICS}
+        tens = range(10, STEPS + 1, 10)  # the guard's reward: the mean over the ten steps before
+        found["reward"] = {s: mean_interval([statistics.mean(r[s - 10 : s]) for r in rewards]) for s in tens}
+        curves[name] = found
+    heads = [*METRICS.values(), "guard's reward"]
+    lines = ["| start or variant | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name, found in curves.items():
+        ends = [(found[m][0], found[m][STEPS]) for m in METRICS] + [(found["reward"][10], found["reward"][STEPS])]
+        cells = [f"{before['mean']:.2f} → {after['mean']:.2f} ± {after['half']:.2f}" for before, after in ends]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    note = f"Before → after {STEPS} steps of 16 prompts × 8 responses, mean ± half a 95 % t-interval over "
+    note += (
+        f"{options.seeds} seeds; judge: the gold rule. Guard's reward: first → last ten steps; ThinkSafe's ends at 2."
+    )
+    lines += ["", note]
+    result = {"seeds": options.seeds, "steps": STEPS, "curves": curves}
+    if {"base", "ThinkSafe"} <= set(options.only):
+        ratios, reached = zip(*(time_ratio(options.runs, seed) for seed in range(options.seeds)))
+        result["GRPO's time over ThinkSafe's"] = {**mean_interval([round(r, 2) for r in ratios]), "as safe": reached}
+        each = ", ".join(f"{r:.1f}" if ok else f"over {r:.1f}" for r, ok in zip(ratios, reached))
+        times = f"Until it is as safe on unseen wrappers, GRPO from the base takes {statistics.mean(ratios):.1f} times"
+        lines += ["", f"{times} as long as stage 03 (seeds: {each})."]
+    out = ROOT / "results/claims"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "grpo.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "grpo.md").write_text("\n".join(lines) + "\n")
+    figure(curves, out / "grpo.png")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
