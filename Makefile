@@ -36,8 +36,8 @@ test: $(VENV)/ready
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec  # their builds do not match torch
 	touch $@
 
-test-vllm: .venv-vllm/ready  ## the vLLM engine on the CPU, about five minutes with its installation
-	VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest tests/test_vllm.py
+test-vllm: .venv-vllm/ready  ## the vLLM engine on the CPU, and an endpoint, about ten minutes with its installation
+	VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_endpoint.py
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -19,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -664,38 +664,49 @@ class Endpoint:
     environment variable OPENAI_API_KEY and nowhere else. Its template and tokenizer are the server's."""
 
     def __init__(self, name: str):
-        from openai import OpenAI
+        from openai import OpenAI, Timeout
 
         self.name = name
         self.model, _, url = name.rpartition("@")
-        key = os.environ.get("OPENAI_API_KEY", "none")
-        self.client = OpenAI(base_url=url, api_key=key, max_retries=6, timeout=600)  # waits longer before each retry
+        key, timeout = os.environ.get("OPENAI_API_KEY") or "none", Timeout(600, connect=30)
+        self.client = OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=6)  # each after a longer wait
 
     def replies(self, chats, n: int, s: Sampling, **_):
-        """As Sampler.replies, 32 requests at a time. An endpoint that still fails after the retries ends the stage."""
+        """As Sampler.replies, 32 requests at a time. One that still fails after the retries ends the stage, once those
+        beside it have come back."""
+        failed: list[BaseException] = []
 
         def ask(key, messages):
+            if failed:
+                raise failed[0]
             seed = int(hashlib.sha256(f"{s.seed}|{key}".encode()).hexdigest()[:7], 16)
-            fixed = {"n": n, "temperature": s.temperature, "top_p": s.top_p, "seed": seed}
-            return self.client.chat.completions.create(
-                model=self.model, messages=messages, max_completion_tokens=s.max_new_tokens, **fixed
-            )
+            fixed = {"model": self.model, "n": n, "temperature": s.temperature, "top_p": s.top_p, "seed": seed}
+            fixed |= {"messages": messages, "max_completion_tokens": s.max_new_tokens}
+            for attempt in range(3):  # the client repeats what fails; this, what succeeds and is no chat completion
+                time.sleep(attempt)
+                body = self.client.chat.completions.with_raw_response.create(**fixed).text
+                with suppress(ValueError, LookupError, TypeError, AttributeError):
+                    done = json.loads(body)
+                    used = done.get("usage") or {}  # some servers count no tokens
+                    read, written = (used.get(k) or 0 for k in ("prompt_tokens", "completion_tokens"))
+                    found = [((c["message"].get("content") or "").strip(), c["finish_reason"]) for c in done["choices"]]
+                    if len(found) == n:
+                        return [Reply(text, False, read, written // n, finish, None) for text, finish in found]
+            raise ValueError(f"no chat completion with {n} choices, but {body[:120]!r}")
 
         pool = ThreadPoolExecutor(32)
-        jobs = {pool.submit(ask, *chat): index for index, chat in enumerate(chats)}
         try:
+            jobs = {pool.submit(ask, *chat): index for index, chat in enumerate(chats)}
             for job in as_completed(jobs):
-                done = job.result()
-                spent = done.usage.prompt_tokens, done.usage.completion_tokens // n
-                yield (
-                    jobs[job],
-                    [Reply(c.message.content or "", False, *spent, c.finish_reason, None) for c in done.choices],
-                )
-        except Exception as error:  # the client, the network, and answers that are no chat completion
-            what = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            fail(f"{self.name}: {what}; finished rows are kept, the same command goes on")
+                if error := job.exception():  # the client, the network, and answers that are no chat completion
+                    failed.append(error)
+                else:
+                    yield jobs[job], job.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+        if failed:
+            what = f"{type(failed[0]).__name__}: {' '.join(str(failed[0]).split())[:200]}"
+            fail(f"{self.name}: {what}; finished rows are kept, the same command goes on")
 
     def close(self):
         self.client.close()
@@ -871,6 +882,8 @@ def is_endpoint(name: str) -> bool:
 def require_model(name: str):
     """One clear line now rather than a traceback after an hour: is there a model of this name at all?"""
     if is_endpoint(name):
+        if importlib.util.find_spec("openai") is None:
+            fail(f"{name} needs the package openai: pip install openai")
         return
     if name.endswith(".py") and not Path(name).exists():
         fail(f"no Python file at {name}")
