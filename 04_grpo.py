@@ -83,6 +83,8 @@ class Options(StageOptions):
     """T of the rollouts and of the log-probs (sister code)"""
     max_new_tokens: int = 8192
     """longest response, tokens (sister code)"""
+    keep_truncated: bool = False
+    """also train on responses that were cut at max_new_tokens (TRL's default); otherwise see number 3"""
     loss: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
     """how token losses are averaged, see number 5"""
     clip_low: float = 0.2
@@ -371,7 +373,7 @@ def main():
         rewards = torch.tensor([reward(r, p, v, options) for r, p, v in zip(owners, parsed, verdicts)])  # (R,)
         truncated = torch.tensor([s.finish == "length" or p[2] == "truncated" for s, p in zip(samples, parsed)])
         advantages = group_advantages(rewards.view(P, G)).flatten()  # (R,)
-        kept = ~(truncated | rewards.isnan())
+        kept = ~rewards.isnan() & (~truncated | options.keep_truncated)
         if not kept.any():
             fail(f"step {step}: every response is cut or has an unparsed verdict; {run} keeps the state before it")
         lengths = torch.tensor([len(s.ids) for s in samples])

@@ -48,20 +48,27 @@ results: demo  ## what README shows
 	cp $(RUNS)/05_eval/results.json $(RUNS)/05_eval/results.md $(RUNS)/05_eval/results.png results/demo/
 	for run in 01_generate 02_verify_sft 03_steer_selfgen; do cp $(RUNS)/$$run/summary.txt results/demo/$$run.txt; done
 
-claims: $(VENV)/ready  ## what SInternal is trained on, over five seeds, about half an hour
-	$(PY) bench/claims.py
+claims: $(VENV)/ready  ## both papers' claims over five seeds, about two and a half hours on one core
+	$(PY) bench/claims.py sinternal
+	$(PY) bench/claims.py thinksafe
+	$(PY) bench/curves.py
 
-# One run on a real pretrained model: DATA is a folder with strongreject.jsonl and xstest_safe.jsonl.
+# All stages on a real pretrained model, small: DATA is a folder with strongreject.jsonl and xstest_safe.jsonl.
+SMOL := --preset smollm2 --run runs/smollm2
 smollm2: $(VENV)/ready
 	$(PY) -m pip install -q gguf
-	$(PY) smollm2/fetch.py
-	$(PY) 01_generate.py --preset smollm2 --run runs/smollm2/01_generate --n 1 --limit 8 \
-		--prompts $(DATA)/strongreject.jsonl $(DATA)/xstest_safe.jsonl
-	$(PY) 05_eval.py --preset smollm2 --run runs/smollm2/05_eval --limit 8 --models SmolLM2-135M=smollm2/model \
+	test -d smollm2/model || $(PY) smollm2/fetch.py
+	$(PY) 01_generate.py $(SMOL)/01_generate --n 2 --limit 8 --prompts $(DATA)/strongreject.jsonl $(DATA)/xstest_safe.jsonl
+	$(PY) 02_verify_sft.py $(SMOL)/02_verify_sft --responses runs/smollm2/01_generate
+	$(PY) 03_steer_selfgen.py $(SMOL)/03_steer_selfgen --limit 8 --prompts $(DATA)/strongreject.jsonl $(DATA)/xstest_safe.jsonl
+	$(PY) 04_grpo.py $(SMOL)/04_grpo --limit 8 --prompts $(DATA)/strongreject.jsonl $(DATA)/xstest_safe.jsonl
+	$(PY) 05_eval.py $(SMOL)/05_eval --limit 8 --models SmolLM2-135M=smollm2/model \
+		SInternal=runs/smollm2/02_verify_sft/checkpoint ThinkSafe=runs/smollm2/03_steer_selfgen/checkpoint \
+		GRPO=runs/smollm2/04_grpo/checkpoint \
 		--benchmarks xstest=$(DATA)/xstest_safe.jsonl strongreject=$(DATA)/strongreject.jsonl
 	mkdir -p results/smollm2
 	cp runs/smollm2/05_eval/results.json runs/smollm2/05_eval/results.md results/smollm2/
-	cp runs/smollm2/01_generate/summary.txt results/smollm2/01_generate.txt
+	for run in 01_generate 02_verify_sft 03_steer_selfgen 04_grpo; do cp runs/smollm2/$$run/summary.txt results/smollm2/$$run.txt; done
 
 clean:
 	rm -rf runs $(VENV)
