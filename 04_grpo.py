@@ -231,7 +231,7 @@ def check(sampler, judge: Judge, tests: dict[str, list[dict]], options: Options)
                 flags.setdefault("accuracy", []).append(reward(row, parsed, verdict, options) == 1)
         found |= {f"{metric} {test}": round(sum(f) / len(f), 4) for metric, f in flags.items()}
     good = [1 - v if name.startswith("asr") else v for name, v in found.items()]
-    return {"score": round(sum(good) / len(good), 4), **found}
+    return {"score": round(sum(good) / max(1, len(good)), 4), **found}
 
 
 # The algorithm --------------------------------------------------------------------------------------------------------
@@ -379,14 +379,13 @@ def main():
         lengths = torch.tensor([len(s.ids) for s in samples])
         weights = token_weights(lengths, kept, options.loss, options.max_new_tokens)  # (R,)
         active = (kept & ((advantages != 0) | (options.beta > 0))).nonzero().flatten()  # the others have no gradient
-        rendered = [
-            render_chat(tokenizer, messages_of(r["prompt"]), enable_thinking=options.enable_thinking) for r in batch
-        ]
-        rows = [Example(rendered[i // G][0], samples[i].ids) for i in active]
+        chats = [messages_of(row["prompt"]) for row in batch]
+        prompt_ids = [render_chat(tokenizer, chat, enable_thinking=options.enable_thinking)[0] for chat in chats]
+        rows = [Example(prompt_ids[i // G], samples[i].ids) for i in active]
 
         # 3. Update, mu times on the same responses.
         model.train()
-        old, totals = {}, torch.zeros(6, device=accelerator.device)
+        old, totals = {}, torch.zeros(6, device=accelerator.device)  # loss, clipped, kl, entropy, gap, tokens
         for update in range(options.updates_per_batch):
             sums = torch.zeros_like(totals)
             for number, (indices, counts) in enumerate(own_share(micro_batches(rows, options.micro_batch_tokens))):
@@ -412,7 +411,8 @@ def main():
                 per_token = torch.stack([entropy.sum(), gap, torch.tensor(len(log_probs), device=gap.device)]) * counts
                 sums += torch.cat([torch.stack([loss.detach(), clipped, kl]), per_token])
             sums = accelerator.reduce(sums, "sum")
-            gap = (sums[4] / sums[5].clamp(min=1)).item()
+            *_, gap, tokens = sums.tolist()
+            gap /= max(1, tokens)
             if update == 0 and gap > options.max_sampler_gap:
                 what = f"log-probs of sampler and trainer differ by {gap:.3f} a token (--max_sampler_gap)"
                 fail(f"step {step}: {what}: old weights in the sampler? {run} keeps the state before it")
@@ -454,6 +454,7 @@ def main():
         check_at(options.steps)
         save_checkpoint(model, tokenizer, run / "checkpoint", options.model)
         accelerator.end_training()
+    sampler.close()
     history = reopen_jsonl(run / "metrics.jsonl")
     tenth = max(1, len(history) // 10)
     change = {}
