@@ -159,9 +159,12 @@ def main():
             for h, c in columns.items()
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    note = f"Mean ± half a 95 % t-interval over {options.seeds} seeds of sampling and training; judge: the gold rule."
+    note = f"Mean ± half a 95 % t-interval over {options.seeds} seeds of sampling and training; judge: the gold rule. "
     if options.table == "sinternal":
-        note += " Checked, right, safe: harmful prompts in unseen wrappers."
+        note += "Checked, right, safe: harmful prompts in unseen wrappers."
+    else:
+        note += "ASR + over-refusal: means over plain and wrapped. Seconds: wall time of stage 03 on one core, beside "
+        note += "other work on the same machine, hence their spread."
     lines += ["", note]
     out = ROOT / "results/claims"
     out.mkdir(parents=True, exist_ok=True)
