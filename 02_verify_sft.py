@@ -151,8 +151,9 @@ def select(rows: list[dict], verdicts: dict[str, list[dict]], pairs: int = 1, be
             selected.append({**one, "request": prompt_text(row["prompt"])})
     benign = [row["id"] for row in selected if not row["harmful"]]
     if benign_share < 1:
-        most = int((len(selected) - len(benign)) * benign_share / (1 - benign_share))
-        selected = [row for row in selected if row["id"] not in benign[most:]]
+        most = int((len(selected) - len(benign)) * benign_share / (1 - benign_share) + 1e-9)  # 4 * 0.6 / 0.4 is not 6
+        too_many = set(benign[most:])
+        selected = [row for row in selected if row["id"] not in too_many]
     return selected
 
 

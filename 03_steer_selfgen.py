@@ -209,8 +209,9 @@ def train(options: Options, run: Path, examples: list[Example], by_kl: list[bool
         metrics |= {"loss": cross_entropy + divergence, "kl": divergence, "gradient_norm": norm}
     model.eval()
     _, divergence = compare(scorer, examples, options, accelerator.device)
-    save_checkpoint(model, tokenizer, run / "checkpoint", options.model)
     write_atomic(run / "trained.json", json.dumps({"data_perplexity": perplexity, "data_kl": divergence}))
+    save_checkpoint(model, tokenizer, run / "checkpoint", options.model)  # last: it says that training is done
+    accelerator.wait_for_everyone()
 
 
 def main():

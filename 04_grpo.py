@@ -37,12 +37,14 @@ import math
 import random
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
@@ -186,17 +188,17 @@ def mixture(prompts: list[dict], shares: list[str], seed: int = 0) -> list[dict]
         numbers = {kind: float(share) for kind, share in wanted.items()}
     except ValueError:
         fail(f"--shares {' '.join(shares)}: kind=share with kinds {', '.join(KINDS)}")
-    if abs(sum(numbers.values()) - 1) > 1e-6 or min(numbers.values()) < 0:
+    if not abs(sum(numbers.values()) - 1) < 1e-6 or min(numbers.values()) < 0:
         fail(f"--shares {' '.join(shares)}: shares are at least 0 and add up to 1")
-    mixed = []
+    mixed, total = [], 0.0
     for kind, share in numbers.items():
         rows = [row for row in prompts if kind_of(row) == kind]
         if not rows:
-            fail(
-                f"--shares {kind}={share}: no prompt is of this kind; there are {', '.join(set(map(kind_of, prompts)))}"
-            )
+            there = ", ".join(sorted(set(map(kind_of, prompts))))
+            fail(f"--shares {kind}={share}: no prompt is of this kind; there are {there}")
         random.Random(seed).shuffle(rows)
-        mixed += [rows[i % len(rows)] for i in range(round(share * len(prompts)))]
+        total += share
+        mixed += [rows[i % len(rows)] for i in range(round(total * len(prompts)) - len(mixed))]
     return mixed
 
 
@@ -211,8 +213,15 @@ def respond(sampler, guard: Judge, rows: list[dict], n: int, sampling: Sampling,
             made.append((mine[index], k, reply, split_response(reply.text, reply.opened)))
     judged = [kind_of(rows[i]) in ("harmful", "benign") for i, *_ in made]
     pairs = [(rows[i]["prompt"], parsed[1] if j else "") for (i, _, _, parsed), j in zip(made, judged)]
-    found = [(*one, verdict) for one, verdict in zip(made, guard.verdicts(pairs))]
-    return [one[2:] for one in sorted(gather_object(found), key=lambda one: one[:2])]
+    try:
+        found = [(*one, verdict) for one, verdict in zip(made, guard.verdicts(pairs))]
+    except SystemExit as error:  # all processes stop together
+        found = [error]
+    found = gather_object(found)
+    for error in found:
+        if isinstance(error, SystemExit):
+            raise error
+    return [one[2:] for one in sorted(found, key=lambda one: one[:2])]
 
 
 def check(sampler, judge: Judge, tests: dict[str, list[dict]], options: Options) -> dict[str, float]:
@@ -289,6 +298,11 @@ def main():
         fail("--group_size 1: a group of one has no spread to learn from; at least 2")
     if bool(options.eval_every) != bool(tests):
         fail("--eval_every and --eval_prompts go together: give both or neither")
+    if len(tests) < len(options.eval_prompts):
+        fail(f"--eval_prompts {' '.join(options.eval_prompts)}: two files of one name; rename one")
+    if missing := set(options.trackers) - {"all", *map(str, get_available_trackers())}:
+        there = ", ".join(map(str, get_available_trackers())) or "none"
+        fail(f"--trackers {' '.join(sorted(missing))}: unknown or not installed; there are {there}")
     for name in (options.model, options.guard, options.eval_judge or options.guard):
         require_model(name)
     run = open_run(options)
@@ -324,13 +338,24 @@ def main():
             accelerator.wait_for_everyone()
             sampler.load_weights(run / "pushed")
 
+    @contextmanager
+    def guarded(step: int):
+        """A guard that fails inside ends the run with the state before `step` saved: never a reward of 0."""
+        try:
+            with accelerator.autocast():
+                yield
+        except SystemExit:
+            save_state(run / "state.safetensors", step, model, optimizer)
+            accelerator.wait_for_everyone()
+            raise
+
     def check_at(step: int):
         """A line in eval.jsonl for the weights before `step`; the first of the best ones are kept in <run>/best."""
         history = reopen_jsonl(run / "eval.jsonl")
         if not tests or any(row["step"] == step for row in history):
             return
         push_weights()
-        with accelerator.autocast():
+        with guarded(step):
             found = check(sampler, judge, tests, options)
         if all(row["score"] < found["score"] for row in history):
             save_checkpoint(model, tokenizer, run / "best", options.model)
@@ -356,12 +381,8 @@ def main():
         # 1. Sample G responses to each of the P prompts with the current weights; the guard reads the answers.
         G, P = options.group_size, len(batch)
         sampling = Sampling(options.max_new_tokens, options.temperature, seed=options.seed * 1_000_003 + step)
-        try:
-            with accelerator.autocast():
-                made = respond(sampler, guard, batch, G, sampling, options)  # P * G = R of them, group after group
-        except SystemExit:  # the guard failed: never a reward of 0
-            save_state(run / "state.safetensors", step, model, optimizer)
-            raise
+        with guarded(step):
+            made = respond(sampler, guard, batch, G, sampling, options)  # P * G = R of them, group after group
         sampling_seconds = time.time() - began
         if options.engine == "vllm":
             sampler.sleep()
@@ -453,6 +474,7 @@ def main():
     if not finished:
         check_at(options.steps)
         save_checkpoint(model, tokenizer, run / "checkpoint", options.model)
+        accelerator.wait_for_everyone()
         accelerator.end_training()
     sampler.close()
     history = reopen_jsonl(run / "metrics.jsonl")

@@ -743,7 +743,7 @@ def answer_prompts(
         if chats and isinstance(sampler, Sampler):
             first = render_chat(sampler.tokenizer, chats[0][1], **template_options)[0]
             print(f"first prompt as the model reads it:\n{sampler.tokenizer.decode(first)}")
-        tokens = 0
+        tokens, began = 0, time.time()
         with tqdm(total=len(todo) * n, unit="response", disable=processes().process_index > 0) as bar:
             for index, replies in sampler.replies(chats, n, sampling, **template_options):
                 row = {**todo[index], "prompt_tokens": replies[0].prompt_tokens, "samples": []}
@@ -754,7 +754,7 @@ def answer_prompts(
                     tokens += reply.tokens
                 yield [row]
                 bar.update(n)
-                bar.set_postfix_str(f"{tokens / (time.time() - bar.start_t):.0f} tokens/s", refresh=False)
+                bar.set_postfix_str(f"{tokens / (time.time() - began):.0f} tokens/s", refresh=False)
 
     done = once_per_row(path, rows, work)
     return [done[row["id"]] for row in rows]
@@ -790,7 +790,7 @@ NO_ANSWER = {"safety": "none", "refusal": "none"}  # cut before </think>: nothin
 
 def label_probability(tokenizer, sample: Sample) -> float | None:
     """Probability that a guard gave the safety label that it wrote last: that of the tokens that spell it."""
-    pieces = [tokenizer.decode([token]) for token in sample.ids]
+    pieces = [tokenizer.decode([token], skip_special_tokens=True) for token in sample.ids]
     labels = list(SAFETY_LINE.finditer("".join(pieces)))
     if not labels:
         return None
@@ -956,7 +956,7 @@ def lora_layers(model):
 @contextmanager
 def lora_off(model):
     """Inside, the model is the one that training started from: the reference for KL terms."""
-    layers = [m for _, m in lora_layers(model)]
+    layers = [m for _, m in lora_layers(model) if m.on]  # none inside another lora_off
     for m in layers:
         m.on = False
     try:
@@ -1062,7 +1062,7 @@ class TokenScorer(nn.Module):
 
         def head(h, label, h0):
             log_p = distribution(h)
-            with torch.no_grad():
+            with torch.no_grad(), lora_off(self.model):  # the head may have LoRA too
                 entropy = -(log_p.exp() * log_p).sum(-1)
                 log_r = distribution(h0) if full_kl else None
             divergence = (log_r.exp() * (log_r - log_p)).sum(-1) if full_kl else None
@@ -1153,6 +1153,7 @@ def training_steps(run: Path, options, items: list, steps: int, rate_at, model, 
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
             if (step + 1) % options.save_every == 0:
                 save_state(state, step + 1, model, optimizer)
+    processes().wait_for_everyone()  # every process finds metrics.jsonl whole
 
 
 def response_ids(tokenizer, thinking: str | None, answer: str, opened: bool) -> list[int]:

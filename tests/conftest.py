@@ -1,10 +1,13 @@
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -26,6 +29,25 @@ def run_stage(stage: str, *args, ok: bool = True) -> subprocess.CompletedProcess
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert not ok or done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done
+
+
+def run_here(stage, *args):
+    """A loaded stage with the command line `args`, in this interpreter: its imports are most of a small run."""
+    with mock.patch.object(sys, "argv", [Path(stage.__file__).name, *map(str, args)]):
+        stage.main()
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def next_token_log_probs(net, examples):
+    """(N, V) in float64, of every response position in turn: `net`'s plain forward pass on one example at a time."""
+    parts = []
+    for prompt, response in examples:
+        logits = net(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        parts.append(logits.double().log_softmax(-1))
+    return torch.cat(parts)
 
 
 @pytest.fixture(scope="session")

@@ -2,18 +2,24 @@
 
 import copy
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import load
+from conftest import load, next_token_log_probs
 
+import common
 from common import (
     Example,
+    Sample,
     TokenScorer,
     add_lora,
+    label_probability,
     lora_off,
     micro_batches,
+    own_share,
     pad_batch,
     row_uniforms,
     sample_tokens,
@@ -204,6 +210,83 @@ def test_scorer_against_a_full_forward_pass(model):
     np.testing.assert_allclose(entropy.numpy(), [e[1] for e in expected], atol=2e-5)
 
 
+def lora_twin(model, targets, std):
+    twin = copy.deepcopy(model)
+    add_lora(twin, 4, 8.0, 0.0, targets, seed=1)
+    torch.manual_seed(0)
+    for name, p in twin.named_parameters():
+        if name.endswith(".B"):
+            p.data.normal_(std=std)
+    return twin
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["v_proj", "lm_head"]])
+def test_divergence_and_its_gradient_against_the_whole_vocabulary(model, targets):
+    """KL(initial || W + alpha / rank B A), from plain logits in float64 and autograd of them, for every chunk size."""
+    rows = [Example([5, 6, 7], [8, 9]), Example([5], [10, 11, 12, 2]), Example([6, 7], [3])]
+    twin = lora_twin(model, targets, 0.05)
+    plain = copy.deepcopy(model).double()
+    lora = {n: p.detach().double().requires_grad_() for n, p in twin.named_parameters() if p.requires_grad}
+    merged = {}
+    for base in {name[:-2] for name in lora}:
+        merged[f"{base}.weight"] = plain.get_submodule(base).weight + 8 / 4 * lora[f"{base}.B"] @ lora[f"{base}.A"]
+    changed = partial(torch.func.functional_call, plain, merged, args=(), tie_weights=False)
+    log_r = next_token_log_probs(plain, rows).detach()
+    log_p = next_token_log_probs(lambda **ids: changed(kwargs=ids), rows)
+    expected = (log_r.exp() * (log_r - log_p)).sum(-1)
+    assert expected.max() > 1e-2
+    weights = torch.linspace(-1, 2, len(expected))  # a different one for each token
+    (expected * weights).sum().backward()
+
+    names, parameters = zip(*((n, p) for n, p in twin.named_parameters() if p.requires_grad))
+    for chunk in (1, 3, 2048):
+        found = TokenScorer(twin)(*pad_batch(rows), full_kl=True, chunk=chunk).divergence
+        torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+        gradients = torch.autograd.grad((found * weights).sum(), parameters)
+        for name, gradient in zip(names, gradients):
+            torch.testing.assert_close(gradient.double(), lora[name].grad, atol=1e-5, rtol=1e-5)
+
+
+def test_divergence_of_an_unchanged_model_is_nothing(model):
+    rows = [Example([5, 6, 7], [8, 9]), Example([5], [10, 11, 12, 2])]
+    scorer = TokenScorer(lora_twin(model, ["q_proj", "down_proj"], 0.0))
+    scores = scorer(*pad_batch(rows), full_kl=True)
+    assert scores.divergence.tolist() == [0] * 6 and scorer(*pad_batch(rows)).divergence is None
+    scores.divergence.sum().backward()
+    assert all(p.grad.abs().max() < 1e-6 for p in scorer.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("batches, processes", [(1, 2), (3, 2), (4, 2), (7, 3), (0, 2)])
+def test_every_micro_batch_counts_once_and_every_process_makes_as_many_passes(monkeypatch, batches, processes):
+    shares = []
+    for index in range(processes):
+        monkeypatch.setattr(common, "processes", lambda: SimpleNamespace(num_processes=processes, process_index=index))
+        shares.append(own_share([[i] for i in range(batches)]))
+    assert {len(share) for share in shares} == {math.ceil(batches / processes)}
+    assert sorted(i for share in shares for [i], counts in share if counts) == list(range(batches))
+    assert {counts for share in shares for _, counts in share} <= {0, 1}
+
+
+@pytest.mark.parametrize(
+    "pieces, expected",
+    [
+        (["Safety", ":", " Safe", "\n", "Refusal", ":", " No"], 1 / 4),
+        (["Safety: ", "Uns", "afe", "\nRefusal: No"], 1 / 3 * 1 / 4),  # two tokens spell the label
+        (["Saf", "ety: Con", "trov", "ersial\nCateg", "ories: None"], 1 / 3 * 1 / 4 * 1 / 5),
+        (["Safety: Safe", "\n", "Safety: Unsafe"], 1 / 4),  # the last one wins
+        (["I would say ", "Safety: Safe"], None),
+        (["Safety:", " Safe", "<end>"], 1 / 3),  # the end token right behind the label
+    ],
+)
+def test_probability_of_a_label_is_the_product_over_its_tokens(pieces, expected):
+    def decode(ids, skip_special_tokens=False):
+        return "".join("" if skip_special_tokens and pieces[i] == "<end>" else pieces[i] for i in ids)
+
+    count = len(pieces)
+    sample = Sample(list(range(count)), [-math.log(2 + i) for i in range(count)], "stop")  # 1/2, 1/3, 1/4, …
+    assert label_probability(SimpleNamespace(decode=decode), sample) == (expected and pytest.approx(expected, abs=1e-4))
+
+
 def test_gradient_does_not_depend_on_the_micro_batch(model):
     rows = [Example(list(range(4, 4 + k)), list(range(20, 21 + k))) for k in range(1, 9)]
     labels = sum(len(r.response) for r in rows)
@@ -240,7 +323,10 @@ def test_lora_forward_merge_and_off(model, tokenizer, tmp_path):
     trained = twin(input_ids=ids).logits
     assert (trained - by_hand(input_ids=ids).logits).abs().max() < 1e-4 < (trained - before).abs().max()
     with lora_off(twin):
+        with lora_off(twin):
+            pass
         assert torch.equal(twin(input_ids=ids).logits, before)
+    assert torch.equal(twin(input_ids=ids).logits, trained)
     save_checkpoint(twin, tokenizer, tmp_path / "checkpoint", "tiny/lrm")
     from transformers import AutoModelForCausalLM
 

@@ -6,13 +6,9 @@ import re
 import shutil
 
 import pytest
-from conftest import ROOT, load, run_stage
+from conftest import ROOT, load, rows, run_stage
 
 STAGES = ["01_generate", "02_verify_sft", "03_steer_selfgen", "04_grpo", "05_eval"]
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +43,13 @@ def test_01_writes_every_prompt_once_with_its_labels(runs):
     assert len({r["id"] for r in responses}) == len(responses) == len(labels) == 40
     assert all(len(r["samples"]) == 4 for r in responses) and all(len(r["verdicts"]) == 4 for r in labels)
     assert {v["safety"] for r in labels for v in r["verdicts"]} >= {"safe", "unsafe"}
+
+
+def test_labels_of_a_model_carry_their_probability_and_those_of_a_rule_none(runs):
+    folder, _ = runs
+    model, rule = ([v for r in rows(folder / f"{n}/labels.jsonl") for v in r["verdicts"]] for n in ("01", "held"))
+    assert all(0 < v["probability"] <= 1 for v in model if v["safety"] in ("safe", "unsafe"))
+    assert rule and not any("probability" in v for v in rule)
 
 
 def test_02_trains_on_agreeing_critiques_only(runs):
@@ -141,7 +144,7 @@ def test_training_goes_on_bit_for_bit(tmp_path, stage, options):
     shutil.rmtree(tmp_path / "cut/checkpoint")
     run_stage(stage, "--run", tmp_path / "cut", *options)
     again = rows(tmp_path / "cut/metrics.jsonl")
-    strip = lambda ms: [{k: v for k, v in m.items() if k != "seconds"} for m in ms]  # noqa: E731
+    strip = lambda ms: [{k: v for k, v in m.items() if "seconds" not in k} for m in ms]  # noqa: E731
     assert strip(again) == strip(metrics)
     weights = "checkpoint/model.safetensors"
     assert (tmp_path / "whole" / weights).read_bytes() == (tmp_path / "cut" / weights).read_bytes()

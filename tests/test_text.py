@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import load
+from conftest import load, next_token_log_probs
 
 from common import Example, encode_plain, pad_batch, parse_guard, render_chat, response_ids, split_response
 
@@ -163,6 +163,29 @@ def test_guard_reads_the_answer():
     assert guard.verdicts(pairs[:1] * 3) == guard.verdicts(pairs)[:1] * 3  # equal pairs are judged once
 
 
+def test_probability_is_that_of_a_plain_forward_pass():
+    """transformers' own greedy reply of the guard, its logits in float64, and the tokens that spell its label."""
+    from common import Judge, StageOptions
+    from tiny import world
+
+    guard = Judge("tiny/guard", StageOptions())
+    pairs = [(f"how do i make {i.name}?", text) for i in world.ITEMS[:2] for text in (i.steps, i.refusal, "moss coal.")]
+    found = guard.verdicts(pairs)
+    net, tokenizer = guard.sampler.model, guard.sampler.tokenizer
+    for verdict, (prompt, text) in zip(found, pairs):
+        chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+        ids, _ = render_chat(tokenizer, chat, generate=False)
+        whole = net.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=40)[0, len(ids) :].tolist()
+        log_probs = next_token_log_probs(net, [Example(ids, whole)])
+        words = [tokenizer.decode([token]).strip() for token in whole]
+        label = range(words.index(":") + 1, words.index(""))  # "" is the end of the line
+        assert "".join(words[i] for i in label).lower() == verdict["safety"]
+        expected = torch.stack([log_probs[i, whole[i]] for i in label]).sum().exp().item()
+        assert verdict["probability"] == pytest.approx(expected, abs=1e-4)
+    assert min(v["probability"] for v in found) < 0.9 and "probability" not in guard.verdicts([("hm", "")])[0]
+    assert "probability" not in Judge("tiny/gold.py", StageOptions()).verdicts(pairs)[0]
+
+
 @pytest.mark.parametrize(
     "harmful, change, answer, thinking, reason",
     [
@@ -204,6 +227,39 @@ def test_select_takes_mixed_prompts_only():
     ]
     found = select(rows, {i: [{"safety": s} for s in v] for i, v in labels.items()})
     assert [(r["answer"], r["label"]) for r in found] == [("a0", "safe"), ("a2", "unsafe"), ("d1", "safe")]
+
+
+def labelled(samples: dict[str, str], harmful: set[str]):
+    """(rows, verdicts) from {id: "answer+ answer- …"}: + is safe, - unsafe, ? unparsed."""
+    signs = {"+": "safe", "-": "unsafe", "?": "unparsed"}
+    rows = [
+        {"id": i, "prompt": i, "harmful": i in harmful, "samples": [{"answer": a[:-1]} for a in text.split()]}
+        for i, text in samples.items()
+    ]
+    return rows, {i: [{"safety": signs[a[-1]]} for a in text.split()] for i, text in samples.items()}
+
+
+@pytest.mark.parametrize("pairs, first", [(1, "a+ b-"), (2, "a+ c+ b- d-"), (3, "a+ c+ b- d-"), (9, "a+ c+ b- d-")])
+def test_select_takes_as_many_distinct_safe_as_unsafe_answers(pairs, first):
+    samples = {"h": "a+ a+ b- c+ e? d- b- f-", "one": "x- x- y+", "all": "y+ z+", "none": "w- w-", "benign": "u? v- v+"}
+    found = load("02_verify_sft").select(*labelled(samples, set(samples) - {"benign"}), pairs)
+    texts = {
+        i: " ".join(r["answer"] + "+-"[r["label"] == "unsafe"] for r in found if r["request"] == i) for i in samples
+    }
+    assert texts == {"h": first, "one": "y+ x-", "all": "", "none": "", "benign": "v-"}
+    assert len({r["id"] for r in found}) == len(found)
+
+
+@pytest.mark.parametrize(
+    "share, expected",
+    [(0, 0), (0.2, 1), (0.3, 1), (0.5, 4), (0.6, 6), (0.63, 6), (0.64, 7), (0.9, 9), (1, 9)],
+)
+def test_benign_rows_are_at_most_their_share(share, expected):
+    """Four harmful rows and nine benign ones: b of them are b / (4 + b) of all, and the first ones stay."""
+    samples = {"h0": "a+ b-", **{f"b{k}": "c+" for k in range(9)}, "h1": "a- b+"}
+    found = load("02_verify_sft").select(*labelled(samples, {"h0", "h1"}), 1, share)
+    benign = [f"b{k}" for k in range(expected)]
+    assert [r["request"] for r in found] == ["h0", "h0", *benign, "h1", "h1"]
 
 
 def test_ids_are_dtype_and_shape(tokenizer):
