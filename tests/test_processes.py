@@ -20,12 +20,11 @@ generate, verify, steer = (load(name) for name in ("01_generate", "02_verify_sft
 
 
 def run_on_two(stage: str, *args):
-    """Two processes on the CPU. `--multi_gpu` is what makes accelerate start more than one, GPU or not; `--cpu
-    --num_processes 2` starts one."""
+    """Two processes on the CPU, by torchrun: `accelerate launch --cpu --num_processes 2` starts one."""
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
-    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", port]
+    launch = ["torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, "--"]
     command = [sys.executable, "-m", *map(str, launch), f"{stage}.py", *map(str, args)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
