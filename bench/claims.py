@@ -27,9 +27,10 @@ SINTERNAL = {  # name in the table -> options of stage 02
     "verdict-only": ["--target", "verdict"],
     "critique-only": ["--target", "critique"],
     "bare-check": ["--spec", "tiny/spec_direct.txt"],
-    "other-answers": [],  # and --responses of another model's stage 01, see main
+    "other-answers": [],  # of another model's stage 01, see run_seed
     "answer-SFT": ["--target", "answer"],
 }
+HALF = "half-the-rows"  # as many rows of its own answers as are left of the other model's; an evaluation of its own
 THINKSAFE = {  # name in the table -> options of stage 03
     "ThinkSafe": [],
     "official-rules": ["--faithful"],
@@ -111,30 +112,34 @@ def measured(evaluation: Path, name: str, trained: Path | None) -> dict[str, flo
     return {heading: round(value, 4) for heading, value in found.items()}
 
 
-def run_seed(table: str, runs: Path, seed: int) -> tuple[Path, dict[str, Path]]:
-    """Trains every variant with one seed: (its stage 05 run, {name: run folder})."""
+def run_seed(table: str, runs: Path, seed: int) -> dict[str, tuple[Path, Path | None]]:
+    """Trains and evaluates every variant with one seed: {name: (its stage 05 run, the run that trained it)}."""
     folder = runs / f"{table}{seed}"
     test = ["--seed", seed, "--judges", "tiny/gold.py"]
     if table == "sinternal":
+        names = SINTERNAL
         heldout, other = runs / "heldout", runs / "other"
         stage("01_generate.py", heldout, "--prompts", "tiny/prompts/test_plain.jsonl", "--guard", "tiny/gold.py")
         if not (ROOT / other / "config.json").exists():
             command = [sys.executable, "tiny/build.py", "--only", "other", "--out", str(runs)]
             subprocess.run(command, cwd=ROOT, check=True)
         stage("01_generate.py", folder / "01", "--seed", seed)
+        stage("01_generate.py", folder / "01-half", "--seed", seed, "--limit", 242)
         stage("01_generate.py", folder / "01-other", "--seed", seed, "--model", other)
-        for name, extra in SINTERNAL.items():
-            responses = folder / ("01-other" if name == "other-answers" else "01")
+        for name, extra in {**SINTERNAL, HALF: []}.items():
+            responses = folder / {"other-answers": "01-other", HALF: "01-half"}.get(name, "01")
             shared = ["--seed", seed, "--responses", responses, "--heldout", heldout]
             stage("02_verify_sft.py", folder / name, *shared, *extra)
         test += ["--verify_test", folder / "verification/verify_test.jsonl"]
+        stage("05_eval.py", folder / "05-half", "--models", f"{HALF}={folder / HALF}/checkpoint", *test)
     else:
+        names = THINKSAFE
         for name, extra in THINKSAFE.items():
             stage("03_steer_selfgen.py", folder / name, "--seed", seed, *extra)
-    trained = {name: folder / name for name in (SINTERNAL if table == "sinternal" else THINKSAFE)}
-    models = ["base=tiny/lrm", *(f"{name}={run}/checkpoint" for name, run in trained.items())]
+    models = ["base=tiny/lrm", *(f"{name}={folder / name}/checkpoint" for name in names)]
     stage("05_eval.py", folder / "05", "--models", *models, *test)
-    return ROOT / folder / "05", {name: ROOT / run for name, run in trained.items()}
+    found = {"base": (ROOT / folder / "05", None), **{n: (ROOT / folder / "05", ROOT / folder / n) for n in names}}
+    return found | ({HALF: (ROOT / folder / "05-half", ROOT / folder / HALF)} if table == "sinternal" else {})
 
 
 def main():
@@ -145,9 +150,8 @@ def main():
     options = parser.parse_args()
     found: dict[str, dict[str, list[float]]] = {}
     for seed in range(options.seeds):
-        evaluation, trained = run_seed(options.table, options.runs, seed)
-        for name in ["base", *trained]:
-            for heading, value in measured(evaluation, name, trained.get(name)).items():
+        for name, (evaluation, trained) in run_seed(options.table, options.runs, seed).items():
+            for heading, value in measured(evaluation, name, trained).items():
                 found.setdefault(name, {}).setdefault(heading, []).append(value)
     table = {n: {h: mean_interval(v) for h, v in columns.items()} for n, columns in found.items()}
     headings = list(table["base"])
