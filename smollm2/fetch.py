@@ -30,6 +30,7 @@ def main():
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
         loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf)
     loaded.config.tie_word_embeddings = True
+    del loaded.config.quantization_config  # it would make every checkpoint trained from this one unsaveable
     model = AutoModelForCausalLM.from_config(loaded.config)  # a fresh one: the loaded one remembers being quantized
     model.load_state_dict(loaded.state_dict())
     model.generation_config.eos_token_id = tokenizer.eos_token_id
