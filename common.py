@@ -91,6 +91,7 @@ PRESETS = {  # one row each; an inner dictionary holds what only the stage of th
             "temperature": 1.0,
             "lora_rank": 16,
             "keep_truncated": True,
+            "beta": 0.04,
         },
     },
     "qwen3-0.6b": {**QWEN3, "model": "Qwen/Qwen3-0.6B"},
