@@ -162,6 +162,51 @@ def faithful_reason_to_drop(sample: dict, response: dict) -> str:
     return "" if response["safety"] in ("safe", "unparsed") else "response not safe"
 
 
+def self_generate(options: Options, run: Path, rows: list[dict]) -> tuple[list[dict], list[dict], list[dict]]:
+    """(kept, dropped, lost): accepted responses, one per prompt; those that were not, with the reason; and the prompts
+    that no try served. What is not accepted gets the next steering text. Benign prompts are never steered."""
+    template = {"enable_thinking": options.enable_thinking}
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed)
+    states = ("closed",) if options.require_thinking else ("closed", "no_thinking")
+    kept, dropped, todo = [], [], rows
+    if options.fixed_refusal:
+        fixed = {"try": 0, "state": "closed", "thinking": "", "answer": options.fixed_refusal}
+        kept, todo = [{**r, **fixed} for r in rows if r["harmful"]], [r for r in rows if not r["harmful"]]
+    for number, name in enumerate(options.steering[: 1 if options.faithful else None], 1):
+        if not todo:
+            break
+        asked = [{**row, "id": f"{row['id']}|{number}"} for row in todo]
+        steered = [{**row, "prompt": steer(row["prompt"], STEERING[name])} if row["harmful"] else row for row in asked]
+        sampler = open_sampler(options.generator or options.model, options)
+        file, n = run / "responses.jsonl", 5 if name == "none" else 1
+        responses = answer_prompts(sampler, steered, file, n, sampling, template)
+        sampler.close()
+
+        # The guard sees the original prompt, never the steering.
+        judged = [{**row, "samples": response["samples"]} for row, response in zip(asked, responses)]
+        guard = Judge(options.guard, options)
+        if options.faithful:
+            whole = judge_samples(guard, judged, run / "labels.jsonl", lambda s: f"{s['thinking']}\n\n{s['answer']}")
+        else:
+            answers = judge_samples(guard, judged, run / "answer_labels.jsonl", lambda s: s["answer"])
+            thinkings = judge_samples(guard, judged, run / "thinking_labels.jsonl", lambda s: s["thinking"])
+        guard.close()
+        for row, made in zip(todo, judged):
+            key, samples = made["id"], made["samples"]
+            if options.faithful:
+                reasons = [faithful_reason_to_drop(*pair) for pair in zip(samples, whole[key])]
+            else:
+                judgements = zip(samples, answers[key], thinkings[key])
+                reasons = [reason_to_drop(row["harmful"], *judgement, states) for judgement in judgements]
+            reason = next(filter(None, reasons), "") if row["harmful"] else reasons[0]  # of five, all must be accepted
+            shown = {name: samples[0][name] for name in ("state", "thinking", "answer")}
+            out = {**row, "try": number, **shown}
+            (dropped if reason else kept).append({**out, **({"reason": reason} if reason else {})})
+        accepted = {row["id"] for row in kept}
+        todo = [row for row in todo if row["id"] not in accepted]
+    return kept, dropped, todo
+
+
 @torch.no_grad()
 def compare(scorer, examples: list[Example], options: Options, device) -> tuple[float, float]:
     """(perplexity, token-level KL to the initial model) on at most 512 of the training examples: the paper's argument
@@ -228,48 +273,9 @@ def main():
     for name in (options.model, options.generator or options.model, options.guard):
         require_model(name)
     run = open_run(options)
-    template = {"enable_thinking": options.enable_thinking}
-    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed)
 
-    states = ("closed",) if options.require_thinking else ("closed", "no_thinking")
-
-    # 1. Steer, sample and filter; what is not accepted gets another try. Benign prompts are never steered.
-    kept, dropped, todo = [], [], rows
-    if options.fixed_refusal:
-        fixed = {"try": 0, "state": "closed", "thinking": "", "answer": options.fixed_refusal}
-        kept, todo = [{**r, **fixed} for r in rows if r["harmful"]], [r for r in rows if not r["harmful"]]
-    for number, name in enumerate(options.steering[: 1 if options.faithful else None], 1):
-        if not todo:
-            break
-        asked = [{**row, "id": f"{row['id']}|{number}"} for row in todo]
-        steered = [{**row, "prompt": steer(row["prompt"], STEERING[name])} if row["harmful"] else row for row in asked]
-        sampler = open_sampler(options.generator or options.model, options)
-        file, n = run / "responses.jsonl", 5 if name == "none" else 1
-        responses = answer_prompts(sampler, steered, file, n, sampling, template)
-        sampler.close()
-
-        # The guard sees the original prompt, never the steering.
-        judged = [{**row, "samples": response["samples"]} for row, response in zip(asked, responses)]
-        guard = Judge(options.guard, options)
-        if options.faithful:
-            whole = judge_samples(guard, judged, run / "labels.jsonl", lambda s: f"{s['thinking']}\n\n{s['answer']}")
-        else:
-            answers = judge_samples(guard, judged, run / "answer_labels.jsonl", lambda s: s["answer"])
-            thinkings = judge_samples(guard, judged, run / "thinking_labels.jsonl", lambda s: s["thinking"])
-        guard.close()
-        for row, made in zip(todo, judged):
-            key, samples = made["id"], made["samples"]
-            if options.faithful:
-                reasons = [faithful_reason_to_drop(*pair) for pair in zip(samples, whole[key])]
-            else:
-                judgements = zip(samples, answers[key], thinkings[key])
-                reasons = [reason_to_drop(row["harmful"], *judgement, states) for judgement in judgements]
-            reason = next(filter(None, reasons), "") if row["harmful"] else reasons[0]  # of five, all must be accepted
-            shown = {name: samples[0][name] for name in ("state", "thinking", "answer")}
-            out = {**row, "try": number, **shown}
-            (dropped if reason else kept).append({**out, **({"reason": reason} if reason else {})})
-        accepted = {row["id"] for row in kept}
-        todo = [row for row in todo if row["id"] not in accepted]
+    # 1. Steer, sample and filter.
+    kept, dropped, lost = self_generate(options, run, rows)
     if options.strip_reasoning:
         kept = [{**row, "thinking": ""} if row["harmful"] else row for row in kept]
     write_jsonl(run / "train.jsonl", kept)
@@ -281,7 +287,7 @@ def main():
     tokenizer = load_tokenizer(options.model)
     examples = []
     for row in kept:
-        prompt, opened = render_chat(tokenizer, messages_of(row["prompt"]), **template)
+        prompt, opened = render_chat(tokenizer, messages_of(row["prompt"]), enable_thinking=options.enable_thinking)
         thinking = None if row["state"] == "no_thinking" else row["thinking"]
         examples.append(Example(prompt, response_ids(tokenizer, thinking, row["answer"], opened)))
     show_example(tokenizer, examples[0])
@@ -297,9 +303,9 @@ def main():
         return ", ".join(f"{v} {' at try '.join(k)}" for k, v in sorted(found.items())) or "none"
 
     last_reason = {row["id"]: row["reason"] for row in dropped}
-    lost_rows = [{**row, "reason": last_reason[row["id"]]} for row in todo]
-    by_category, lost = (Counter(row.get("category", "other") for row in part) for part in (rows, todo))
-    worst = sorted(lost, key=lambda c: lost[c] / by_category[c], reverse=True)[:4]
+    lost_rows = [{**row, "reason": last_reason[row["id"]]} for row in lost]
+    asked, missed = (Counter(row.get("category", "other") for row in part) for part in (rows, lost))
+    worst = sorted(missed, key=lambda c: missed[c] / asked[c], reverse=True)[:4]
     summary(
         run,
         "03_steer_selfgen",
@@ -307,8 +313,8 @@ def main():
             "prompts": counted(rows, "kind"),
             "kept": counted(kept, "kind", "try"),
             "dropped": counted(dropped, "reason"),
-            "lost": f"{len(todo)} prompts after the last try: {counted(lost_rows, 'reason')}",
-            "lost most": ", ".join(f"{c} {lost[c]} of {by_category[c]}" for c in worst) or "none",
+            "lost": f"{len(lost)} prompts after the last try: {counted(lost_rows, 'reason')}",
+            "lost most": ", ".join(f"{c} {missed[c]} of {asked[c]}" for c in worst) or "none",
             "trained": f"{len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}",
             "data": f"perplexity {trained['data_perplexity']:.3f} under the initial model",
             "shift": f"KL of the trained model to the initial one {trained['data_kl']:.3f} per token of the data",
