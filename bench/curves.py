@@ -48,14 +48,20 @@ def run_seed(runs: Path, seed: int, names: list[str]) -> dict[str, Path]:
     return folders
 
 
-def time_ratio(runs: Path, seed: int) -> tuple[float, bool]:
-    """GRPO's seconds until its ASR on unseen wrappers is ThinkSafe's, over ThinkSafe's; False if it never got there."""
-    rows = read_jsonl(ROOT / runs / f"grpo{seed}/base/eval.jsonl")
+def clock(runs: Path) -> float:
+    """Seconds of one GRPO step over those of the whole of stage 03, measured one after the other."""
+    stage("03_steer_selfgen.py", runs / "clock/ThinkSafe")
+    stage("04_grpo.py", runs / "clock/GRPO", "--steps", 20)
+    steps = read_jsonl(ROOT / runs / "clock/GRPO/metrics.jsonl")
+    step = statistics.median(m["sampling_seconds"] + m["update_seconds"] for m in steps)
+    return step / float((ROOT / runs / "clock/ThinkSafe/seconds.txt").read_text())
+
+
+def steps_until_as_safe(runs: Path, seed: int) -> int | None:
+    """Steps of GRPO from the base until its ASR on unseen wrappers is the ThinkSafe start's, checked every ten."""
     goal = read_jsonl(ROOT / runs / f"grpo{seed}/ThinkSafe/eval.jsonl")[0]["asr test_wrapped"]
-    reached = next((row["step"] for row in rows if row["asr test_wrapped"] <= goal), None)
-    steps = read_jsonl(ROOT / runs / f"grpo{seed}/base/metrics.jsonl")[:reached]
-    seconds = sum(m["sampling_seconds"] + m["update_seconds"] for m in steps)
-    return seconds / float((ROOT / runs / f"thinksafe{seed}/ThinkSafe/seconds.txt").read_text()), reached is not None
+    rows = read_jsonl(ROOT / runs / f"grpo{seed}/base/eval.jsonl")
+    return next((row["step"] for row in rows if row["asr test_wrapped"] <= goal), None)
 
 
 def figure(curves: dict, path: Path):
@@ -107,11 +113,13 @@ def main():
     lines += ["", note]
     result = {"seeds": options.seeds, "steps": STEPS, "curves": curves}
     if {"base", "ThinkSafe"} <= set(options.only):
-        ratios, reached = zip(*(time_ratio(options.runs, seed) for seed in range(options.seeds)))
-        result["GRPO's time over ThinkSafe's"] = {**mean_interval([round(r, 2) for r in ratios]), "as safe": reached}
-        each = ", ".join(f"{r:.1f}" if ok else f"over {r:.1f}" for r, ok in zip(ratios, reached))
-        times = f"Until it is as safe on unseen wrappers, GRPO from the base takes {statistics.mean(ratios):.1f} times"
-        lines += ["", f"{times} as long as stage 03 (seeds: {each})."]
+        steps, ratio = [steps_until_as_safe(options.runs, seed) for seed in range(options.seeds)], clock(options.runs)
+        last = RUNS["base"][1][1]
+        times = mean_interval([round(ratio * (s or last), 2) for s in steps])
+        result["GRPO's time over ThinkSafe's"] = {**times, "steps": steps, "one step over stage 03": round(ratio, 4)}
+        each = ", ".join(str(s or f"more than {last}") for s in steps)
+        lines += ["", f"Until it is as safe on unseen wrappers as ThinkSafe, GRPO from the base takes {each} steps: "]
+        lines[-1] += f"{times['mean']:.1f} ± {times['half']:.1f} times as long as the whole of stage 03."
     out = ROOT / "results/claims"
     out.mkdir(parents=True, exist_ok=True)
     (out / "grpo.json").write_text(json.dumps(result, indent=1) + "\n")

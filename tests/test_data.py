@@ -80,7 +80,12 @@ def test_scores_in_the_worlds_readme_are_the_files():
             assert f"| {name} | {key} | {hits}/{cases} |" in text, (name, key)
 
 
-@pytest.mark.parametrize("file", ["demo/results.md", "claims/sinternal.md", "smollm2/01_generate.txt"])
+CLAIMS = [f"claims/{name}.md" for name in ("sinternal", "thinksafe", "grpo")]
+
+
+@pytest.mark.parametrize(
+    "file", ["demo/results.md", *CLAIMS, "smollm2/02_verify_sft.txt", "smollm2/03_steer_selfgen.txt"]
+)
 def test_readme_quotes_its_result_files(file):
     text = (ROOT / "results" / file).read_text()
     assert text.split("\n\n")[0].strip() in (ROOT / "README.md").read_text()

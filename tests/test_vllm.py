@@ -20,7 +20,9 @@ PROMPTS = [json.loads(line)["prompt"] for line in open("tiny/prompts/test_wrappe
 def setup():
     tokenizer = load_tokenizer("tiny/lrm")
     requests = [(str(i), render_chat(tokenizer, [{"role": "user", "content": p}])[0]) for i, p in enumerate(PROMPTS)]
-    return HfSampler(load_model("tiny/lrm"), tokenizer, 32_768), VllmSampler("tiny/lrm", tokenizer), requests
+    engine = VllmSampler("tiny/lrm", tokenizer)
+    yield HfSampler(load_model("tiny/lrm"), tokenizer, 32_768), engine, requests
+    engine.close()
 
 
 def test_greedy_text_equals_our_loop(setup):
