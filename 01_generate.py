@@ -47,7 +47,7 @@ def main():
     options = parse_options(Options, __doc__)
     rows = load_prompts(options.prompts, options.limit)
     require_model(options.model)
-    require_model(options.guard)
+    require_model(options.guard, endpoint=True)
     run = open_run(options)
 
     # 1. Answer. Every finished prompt is one line; a killed run goes on with the prompts that have none.

@@ -36,17 +36,8 @@ from accelerate import Accelerator
 
 from common import ALL_LINEAR, VERDICT_LINE, Example, Sampling, StageOptions, TokenScorer, add_lora, answer_prompts
 from common import cosine_rate, fail, load_model, load_tokenizer, messages_of, micro_batches, open_run, open_sampler
-from common import (
-    own_share,
-    pad_batch,
-    parse_options,
-    prompt_text,
-    read_jsonl,
-    render_chat,
-    require_model,
-    response_ids,
-)
-from common import save_checkpoint, show_example, summary, training_steps, write_jsonl
+from common import own_share, pad_batch, parse_options, prompt_text, read_jsonl, render_chat, require_model
+from common import response_ids, save_checkpoint, show_example, summary, training_steps, write_jsonl
 
 # FORK HERE: the specification S and the question. {prompt} and {answer} are filled in as data.
 VERIFICATION_PROMPT = """\
@@ -245,7 +236,7 @@ def main():
         if "{prompt}" not in spec or "{answer}" not in spec:
             fail(f"{options.spec} must hold {{prompt}} and {{answer}}")
     require_model(options.model)
-    require_model(options.expert)
+    require_model(options.expert, endpoint=True)
     selected = select(*load_stage_01(options.responses), options.pairs_per_prompt, options.benign_share)
     heldout = select(*load_stage_01(options.heldout)) if options.heldout else []
     if not selected:

@@ -37,17 +37,8 @@ from accelerate import Accelerator
 
 from common import Example, Judge, Sampling, SamplingOptions, TokenScorer, add_lora, answer_prompts, cosine_rate, fail
 from common import judge_samples, load_model, load_prompts, load_tokenizer, messages_of, micro_batches, open_run
-from common import (
-    open_sampler,
-    own_share,
-    pad_batch,
-    parse_options,
-    read_jsonl,
-    render_chat,
-    require_model,
-    response_ids,
-)
-from common import save_checkpoint, show_example, summary, training_steps, write_atomic, write_jsonl
+from common import open_sampler, own_share, pad_batch, parse_options, read_jsonl, render_chat, require_model
+from common import response_ids, save_checkpoint, show_example, summary, training_steps, write_atomic, write_jsonl
 
 # FORK HERE: the steering instructions, one user turn. "prefix" is that of the official code, word for word; of the
 # paper's "suffix", "risk" and "intent" only the idea is known, the words are ours; "firm" is ours, for later tries.
@@ -270,8 +261,9 @@ def main():
     unknown = [name for name in options.steering if name not in STEERING]
     if unknown:
         fail(f"--steering {unknown[0]}: the texts are named {', '.join(STEERING)}")
-    for name in (options.model, options.generator or options.model, options.guard):
+    for name in (options.model, options.generator or options.model):
         require_model(name)
+    require_model(options.guard, endpoint=True)
     run = open_run(options)
 
     # 1. Steer, sample and filter.

@@ -303,8 +303,9 @@ def main():
     if missing := set(options.trackers) - {"all", *map(str, get_available_trackers())}:
         there = ", ".join(map(str, get_available_trackers())) or "none"
         fail(f"--trackers {' '.join(sorted(missing))}: unknown or not installed; there are {there}")
-    for name in (options.model, options.guard, options.eval_judge or options.guard):
-        require_model(name)
+    require_model(options.model)
+    for name in (options.guard, options.eval_judge or options.guard):
+        require_model(name, endpoint=True)
     run = open_run(options)
 
     accelerator = Accelerator(

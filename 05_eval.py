@@ -243,8 +243,10 @@ def main():
             fail(f"{options.verify_test} is no verify_test.jsonl of stage 02: rows without a verdict")
     if not tests:
         fail("nothing to evaluate: give --benchmarks or --verify_test")
-    for name in [*models.values(), *options.judges]:
+    for name in models.values():
         require_model(name)
+    for name in options.judges:
+        require_model(name, endpoint=True)
     self_check = load_rule(options.self_checker, "self_check") if options.self_checker else None
     run, began = open_run(options), time.time()
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed)

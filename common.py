@@ -889,9 +889,12 @@ def is_endpoint(name: str) -> bool:
     return "@http" in name
 
 
-def require_model(name: str):
-    """One clear line now rather than a traceback after an hour: is there a model of this name at all?"""
+def require_model(name: str, endpoint: bool = False):
+    """One clear line now rather than a traceback after an hour: is there a model of this name at all? Guards, judges
+    and experts may be endpoints."""
     if is_endpoint(name):
+        if not endpoint:
+            fail(f"{name} is an endpoint; what answers or is trained here is a model folder or a Hugging Face id")
         if importlib.util.find_spec("openai") is None:
             fail(f"{name} needs the package openai: pip install openai")
         return

@@ -166,7 +166,7 @@ def test_an_endpoint_has_bounds_and_needs_openai(monkeypatch):
     assert client.max_retries == 6 and client.timeout.read == 600 and client.timeout.connect == 30
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(SystemExit, match="needs the package openai"):
-        require_model("m@http://127.0.0.1:9/v1")
+        require_model("m@http://127.0.0.1:9/v1", endpoint=True)
 
 
 def stage_02(run, source, expert, ok=True) -> str:
