@@ -68,6 +68,7 @@ smollm2: $(VENV)/ready
 		--benchmarks xstest=$(DATA)/xstest_safe.jsonl strongreject=$(DATA)/strongreject.jsonl
 	mkdir -p results/smollm2
 	cp runs/smollm2/05_eval/results.json runs/smollm2/05_eval/results.md results/smollm2/
+	cp runs/smollm2/04_grpo/metrics.jsonl results/smollm2/04_grpo_metrics.jsonl
 	for run in 01_generate 02_verify_sft 03_steer_selfgen 04_grpo; do cp runs/smollm2/$$run/summary.txt results/smollm2/$$run.txt; done
 
 clean:

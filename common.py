@@ -164,11 +164,8 @@ def parse_options(cls, description: str):
     if unknown:
         fail(f"there is no option {unknown[0]} (--help lists them)")
     for name, value in dataclasses.asdict(parsed).items():
-        least = (
-            0
-            if name in ("limit", "top_k", "lora_rank", "warmup_steps", "eval_every") or isinstance(value, float)
-            else 1
-        )
+        off_at_zero = name in ("limit", "top_k", "lora_rank", "warmup_steps", "eval_every")
+        least = 0 if off_at_zero or isinstance(value, float) else 1
         if type(value) in (int, float) and name != "seed" and not value >= least:
             fail(f"--{name} {value}: it must be at least {least}")
     if not 0 < getattr(parsed, "top_p", 1.0) <= 1:
@@ -1066,10 +1063,13 @@ class TokenScorer(nn.Module):
 
         def head(h, label, h0):
             log_p = distribution(h)
-            with torch.no_grad(), lora_off(self.model):  # the head may have LoRA too
+            with torch.no_grad():
                 entropy = -(log_p.exp() * log_p).sum(-1)
-                log_r = distribution(h0) if full_kl else None
-            divergence = (log_r.exp() * (log_r - log_p)).sum(-1) if full_kl else None
+            divergence = None
+            if full_kl:
+                with torch.no_grad(), lora_off(self.model):  # the head may have LoRA too
+                    log_r = distribution(h0)
+                divergence = (log_r.exp() * (log_r - log_p)).sum(-1)
             return log_p.gather(1, label.unsqueeze(1)).squeeze(1), entropy, divergence
 
         hidden, labels = hidden_states(), ids[:, 1:][mask[:, 1:]]

@@ -174,6 +174,14 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{options.table}.json").write_text(json.dumps({"seeds": options.seeds, "table": table}, indent=1) + "\n")
     (out / f"{options.table}.md").write_text("\n".join(lines) + "\n")
+    if options.table == "thinksafe":  # how many prompts each try kept, and which are lost
+        folders = [
+            options.runs / f"thinksafe{s}" / n for n in ("ThinkSafe", "no-steering") for s in range(options.seeds)
+        ]
+        texts = [
+            f"{folder.parent.name} {folder.name}\n{(ROOT / folder / 'summary.txt').read_text()}" for folder in folders
+        ]
+        (out / "thinksafe_summaries.txt").write_text("\n".join(texts))
     print("\n".join(lines))
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from claims import ROOT, mean_interval, read_jsonl, stage
 
+STEPS, BASE_STEPS = 40, 100
 RUNS = {  # name -> (folder of bench/claims.py whose checkpoint it starts from, options of stage 04)
-    "base": (None, ["--steps", 100]),
+    "base": (None, ["--steps", BASE_STEPS]),
     "answer-SFT": ("sinternal{}/answer-SFT", []),
     "SInternal": ("sinternal{}/verification", []),
     "ThinkSafe": ("thinksafe{}/ThinkSafe", []),
@@ -29,7 +30,6 @@ METRICS = {  # in eval.jsonl -> heading
     "compliance test_wrapped": "compliance wrapped ↑",
     "accuracy test_sums": "sums ↑",
 }
-STEPS = 40
 PROMPTS = ["tiny/prompts/train.jsonl", "tiny/prompts/train_sums.jsonl"]
 CHECKS = ["--eval_every", 10, "--eval_judge", "tiny/gold.py"]
 CHECKS += ["--eval_prompts", *(f"tiny/prompts/test_{name}.jsonl" for name in ("plain", "wrapped", "sums"))]
@@ -114,10 +114,9 @@ def main():
     result = {"seeds": options.seeds, "steps": STEPS, "curves": curves}
     if {"base", "ThinkSafe"} <= set(options.only):
         steps, ratio = [steps_until_as_safe(options.runs, seed) for seed in range(options.seeds)], clock(options.runs)
-        last = RUNS["base"][1][1]
-        times = mean_interval([round(ratio * (s or last), 2) for s in steps])
+        times = mean_interval([round(ratio * (s or BASE_STEPS), 2) for s in steps])
         result["GRPO's time over ThinkSafe's"] = {**times, "steps": steps, "one step over stage 03": round(ratio, 4)}
-        each = ", ".join(str(s or f"more than {last}") for s in steps)
+        each = ", ".join(str(s or f"more than {BASE_STEPS}") for s in steps)
         lines += ["", f"Until it is as safe on unseen wrappers as ThinkSafe, GRPO from the base takes {each} steps: "]
         lines[-1] += f"{times['mean']:.1f} ± {times['half']:.1f} times as long as the whole of stage 03."
     out = ROOT / "results/claims"
