@@ -274,9 +274,14 @@ def find(results: list[dict], **wanted) -> list[dict]:
     return [r for r in results if all(r[k] == v for k, v in wanted.items())]
 
 
+def leading(results: list[dict], judges: list[str]) -> list[dict]:
+    """Rows by the first judge, and those that need none."""
+    return [r for r in results if r["judge"] not in judges[1:]]
+
+
 def panels(results: list[dict], judges: list[str]) -> list[tuple[str, str]]:
-    """(metric, benchmark) pairs that the first judge, or none, has a figure of: table and figure, in a fixed order."""
-    found = [(r["metric"], r["benchmark"]) for r in results if r["metric"] in TITLES and r["judge"] not in judges[1:]]
+    """(metric, benchmark) pairs of the table and the figure, in a fixed order."""
+    found = [(r["metric"], r["benchmark"]) for r in leading(results, judges) if r["metric"] in TITLES]
     return sorted(dict.fromkeys(found), key=lambda pair: list(TITLES).index(pair[0]))
 
 
@@ -293,7 +298,7 @@ def markdown(results: list[dict], names: list[str], judges: list[str], agreement
         noise = " ≈" if row.get("change", {}).get("inside the noise") else ""
         return f"{row['value']:.3f}" if plain else f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]{noise}"
 
-    columns, lead = panels(results, judges), [r for r in results if r["judge"] not in judges[1:]]
+    columns, lead = panels(results, judges), leading(results, judges)
     rows = [[name, *(cell(find(lead, model=name, metric=m, benchmark=b)) for m, b in columns)] for name in names]
     lines = table(["model", *(f"{TITLES[m]}<br>{b}" for m, b in columns)], rows)
     legend = (
@@ -354,7 +359,7 @@ def draw(results: list[dict], categories: list[dict], names: list[str], judges: 
     fig.savefig(run / "results.png", dpi=130)
 
     def mean(name: str, metric: str) -> float | None:  # over benchmarks, by the first judge
-        found = [r["value"] for r in find(results, model=name, metric=metric) if r["judge"] not in judges[1:]]
+        found = [r["value"] for r in find(leading(results, judges), model=name, metric=metric)]
         return sum(found) / len(found) if found else None
 
     points = {name: [mean(name, metric) for metric in ("compliance", "asr", "accuracy")] for name in names}
@@ -446,9 +451,9 @@ def settle(folder: Path, inputs: dict[str, str]):
     write_atomic(file, json.dumps(known | inputs, indent=1))
 
 
-def file_label(name: str) -> str:
-    """A judge's part of a file name: readable, and another one when its content is another."""
-    tag = hashlib.sha256(f"{name} {content(judge_style(name)[1])}".encode()).hexdigest()[:6]
+def file_label(name: str, behind: str) -> str:
+    """A judge's part of a file name: readable, and another one when the content behind its name is another."""
+    tag = hashlib.sha256(f"{name} {behind}".encode()).hexdigest()[:6]
     return f"{re.split('[/:]', name.removesuffix('.py'))[-1]}-{tag}"
 
 
@@ -458,9 +463,9 @@ def self_checks(name: str, responses: dict, run: Path, options: Options) -> dict
     if name.endswith(".py"):
         rule = load_rule(name, "self_check")
         return {k: {r["id"]: [rule(s["thinking"]) for s in r["samples"]] for r in rows} for k, rows in harmful.items()}
-    judge, found = Judge(name, options), {}
+    judge, found, label = Judge(name, options), {}, file_label(name, content(judge_style(name)[1]))
     for (model, test), rows in harmful.items():
-        path = run / model / f"{test}.{file_label(name)}.thinking.jsonl"
+        path = run / model / f"{test}.{label}.thinking.jsonl"
         for row_id, verdicts in judge_samples(judge, rows, path, lambda s: s["thinking"]).items():
             flags = [{"no": False, "yes": True, "unparsed": None}.get(v.get("self_check"), False) for v in verdicts]
             found.setdefault((model, test), {})[row_id] = flags
@@ -506,10 +511,10 @@ def main():
 
     # 1. Every model answers every benchmark.
     responses: dict[tuple[str, str], list[dict]] = {}
-    rendered = {}
+    rendered, behind = {}, {name: content(path) for name, path in models.items()}
     for name, path in models.items():
         prompts = {f"benchmark {test}": source["prompts"] for test, source in sources.items()}
-        settle(run / name, {"model": f"{path} ({content(path)})", **prompts})
+        settle(run / name, {"model": f"{path} ({behind[name]})", **prompts})
         sampler = open_sampler(path, options)
         for test, rows in tests.items():
             print(f"{name} answers {test}")
@@ -521,13 +526,14 @@ def main():
 
     # 2. Every judge reads every answer, and thinking + answer; maths and verification rows need none.
     judged: dict[tuple[str, str], dict] = {key: {} for key in responses}
+    behind_judges = {judge: content(judge_style(judge)[1]) for judge in options.judges}
     texts = {"answer": lambda s: s["answer"], "response": lambda s: f"{s['thinking']}\n\n{s['answer']}".strip()}
     for judge_name in options.judges:
-        judge = Judge(judge_name, options)
+        judge, label = Judge(judge_name, options), file_label(judge_name, behind_judges[judge_name])
         for (name, test), rows in responses.items():
             if any(not {"gold", "verdict"} & set(row) for row in rows):
                 judged[name, test][judge_name] = {
-                    text: judge_samples(judge, rows, run / name / f"{test}.{file_label(judge_name)}.{text}.jsonl", of)
+                    text: judge_samples(judge, rows, run / name / f"{test}.{label}.{text}.jsonl", of)
                     for text, of in texts.items()
                 }
         judge.close()
@@ -561,11 +567,11 @@ def main():
     every = [row for rows in responses.values() for row in rows]
     recipe = {
         "models": {
-            n: {"path": p, "content": content(p), "made by": made_by[n], "first prompt": rendered[n]}
+            n: {"path": p, "content": behind[n], "made by": made_by[n], "first prompt": rendered[n]}
             for n, p in models.items()
         },
         "benchmarks": sources,
-        "judges": {judge: content(judge_style(judge)[1]) for judge in options.judges},
+        "judges": behind_judges,
         "guards in training": guards,
         "self_checker": options.self_checker,
         "decoding": sampling._asdict(),

@@ -58,7 +58,7 @@ claims: $(VENV)/ready  ## both papers' claims over five seeds, about two and a h
 
 # `make .venv-vllm/ready` first to have vLLM beside; BENCH=--quick for one repeat of less
 VLLM ?= .venv-vllm/bin/python
-bench: $(VENV)/ready  ## speed and memory beside TRL, transformers.generate and vLLM, about 35 minutes on two idle cores
+bench: $(VENV)/ready  ## speed and memory beside TRL, transformers.generate and vLLM, about an hour on two idle cores
 	$(PY) -m pip install -q gguf
 	test -d smollm2/model || $(PY) smollm2/fetch.py
 	$(PY) bench/speed.py --vllm $(VLLM) $(BENCH)

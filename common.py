@@ -383,6 +383,11 @@ def read_source(source: str, **load) -> list[dict]:
     return rows or fail(f"{source} holds no rows")
 
 
+def no_id_twice(rows: list[dict], where: str) -> list[dict]:
+    repeated = [i for i, count in Counter(r["id"] for r in rows).items() if count > 1]
+    return fail(f"id '{repeated[0]}' occurs twice in {where}") if repeated else rows
+
+
 def prompt_rows(raw: list[dict], source: str, limit: int = 0) -> list[dict]:
     """Rows {"id", "prompt": str or chat messages, "harmful": bool, "source", "gold" for maths rows} of raw ones, in our
     spelling or the public ones. `limit` > 0 takes that many, always the same ones."""
@@ -391,10 +396,7 @@ def prompt_rows(raw: list[dict], source: str, limit: int = 0) -> list[dict]:
     rows = [_prompt_row(r, f"{source}, row {n}", Path(source).stem, n, verdicts) for n, r in enumerate(raw, 1)]
     if 0 < limit < len(rows):
         rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), limit))]
-    repeated = [i for i, count in Counter(r["id"] for r in rows).items() if count > 1]
-    if repeated:
-        fail(f"id '{repeated[0]}' occurs twice in {source}")
-    return rows
+    return no_id_twice(rows, source)
 
 
 def load_prompts(sources: list[str], limit: int = 0) -> list[dict]:
@@ -402,10 +404,7 @@ def load_prompts(sources: list[str], limit: int = 0) -> list[dict]:
     if not sources:
         fail("no prompts: give --prompts one or more files or hub datasets")
     rows = [row for source in sources for row in prompt_rows(read_source(source), source, limit)]
-    repeated = [i for i, count in Counter(r["id"] for r in rows).items() if count > 1]
-    if repeated:
-        fail(f"id '{repeated[0]}' occurs twice in {', '.join(sources)}")
-    return rows
+    return no_id_twice(rows, ", ".join(sources))
 
 
 def _prompt_row(raw: dict, where: str, stem: str, number: int, label_is_verdict: bool) -> dict:

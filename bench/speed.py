@@ -1,6 +1,6 @@
 """Speed and memory beside TRL, transformers.generate and vLLM: equal work, one run.
 
-    make bench                             # about 35 minutes on two idle cores
+    make bench                             # about an hour on two idle cores
     python bench/speed.py --quick          # about five minutes: one repeat of less, to see that all of it works
 
 Every measurement is a process of its own (bench/sampler.py, bench/training.py), sides in turns, A B A B, five times, on

@@ -66,7 +66,7 @@ def verdicts(safety, refusal):
     return {str(i): [{"safety": s, "refusal": r}] for i, (s, r) in enumerate(zip(safety, refusal))}
 
 
-def values(found, **only):
+def values(found):
     return {metric: (m.row()["value"], m.row()["n"]) for (metric, _), m in found.items()}
 
 
