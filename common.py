@@ -40,7 +40,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers import HfArgumentParser
+from transformers import DynamicCache, HfArgumentParser
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import logging as transformers_logging
@@ -594,6 +595,23 @@ def one_token_attention(module, query, key, value, attention_mask, scaling=None,
     return mixed.reshape(len(key), 1, -1, value.size(3)), None
 
 
+class RoomyLayer(DynamicLayer):
+    """A layer's keys and values with room for 64 more tokens: transformers' own copies all of them for every token,
+    which was 38 % of the time of sampling from tiny/lrm."""
+
+    def update(self, key, value, *_, **__):
+        start, end = self.get_seq_length(), self.get_seq_length() + key.size(2)
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+        if start == 0 or end > self.room.size(3) or len(key) != self.room.size(1):  # full, or rows have left
+            self.room = key.new_empty(2, *key.shape[:2], end + 64, key.size(3))
+            if start:
+                self.room[0, :, :, :start], self.room[1, :, :, :start] = self.keys, self.values
+        self.room[0, :, :, start:end], self.room[1, :, :, start:end] = key, value
+        self.keys, self.values = self.room[:, :, :, :end]
+        return self.keys, self.values
+
+
 AttentionInterface.register("one_token", one_token_attention)
 AttentionMaskInterface.register("one_token", sdpa_mask)
 
@@ -624,14 +642,16 @@ class HfSampler(Sampler):
             ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (B, P), left-padded
             mask = torch.arange(width, device=device) >= (width - lengths).unsqueeze(1)  # (B, P)
             ragged = not bool(mask.all())  # equal lengths need no mask, and attention is faster without
+            cache = DynamicCache(config=model.config)
+            cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
             out = model(
                 input_ids=ids,
+                past_key_values=cache,
                 attention_mask=mask.long() if ragged else None,
                 position_ids=(mask.cumsum(1) - 1).clamp(min=0),
                 use_cache=True,
                 logits_to_keep=1,
             )
-            cache = out.past_key_values
             cache.batch_repeat_interleave(n)
             logits = out.logits[:, -1].repeat_interleave(n, 0)  # (R, V)
             lengths = lengths.repeat_interleave(n)  # (R,)
@@ -1162,7 +1182,7 @@ class TokenScorer(nn.Module):
     def forward(self, ids, mask, temperature: float = 1.0, full_kl: bool = False, chunk: int = 0) -> Scores:
         """Scores of the N response tokens, row after row: ids (B, T), mask (B, T).
 
-        The head runs on response positions only, `chunk` at a time (0 = as many as fill 64 MB, on a GPU 1 GB, of
+        The head runs on response positions only, `chunk` at a time (0 = as many as fill 40 MB, on a GPU 1 GB, of
         logits) and again in the backward pass, so that logits of a 151 k vocabulary never exist at once. `full_kl` runs
         the model a second time with LoRA off, the reference.
         """
@@ -1172,12 +1192,13 @@ class TokenScorer(nn.Module):
             return states[:, :-1][mask[:, 1:]]
 
         def distribution(h):
-            return F.log_softmax(self.model.get_output_embeddings()(h).float() / temperature, dim=-1)  # (chunk, V)
+            logits = self.model.get_output_embeddings()(h).float()  # (chunk, V)
+            return F.log_softmax(logits.div_(temperature) if temperature != 1 else logits, dim=-1)
 
         def head(h, label, h0):
             log_p = distribution(h)
             with torch.no_grad():
-                entropy = -(log_p.exp() * log_p).sum(-1)
+                entropy = -log_p.exp().mul_(log_p).sum(-1)  # in place: one (chunk, V) less
             divergence = None
             if full_kl:
                 with torch.no_grad(), lora_off(self.model):  # the head may have LoRA too
@@ -1185,7 +1206,7 @@ class TokenScorer(nn.Module):
                 divergence = (log_r.exp() * (log_r - log_p)).sum(-1)
             return log_p.gather(1, label.unsqueeze(1)).squeeze(1), entropy, divergence
 
-        chunk = chunk or 2 ** (28 if ids.is_cuda else 24) // self.model.config.vocab_size
+        chunk = chunk or (2**28 if ids.is_cuda else 10_000_000) // self.model.config.vocab_size
         hidden, labels = hidden_states(), ids[:, 1:][mask[:, 1:]]
         reference = [None] * (1 + len(labels) // chunk)
         if full_kl:

@@ -1,6 +1,6 @@
 """One process of `bench/speed.py`: one engine samples from one model, group size after group size.
 
-    python bench/sampler.py '{"engine": "ours", "model": "tiny/lrm", "prompts": 8, "groups": [1, 8], ...}'
+    python bench/sampler.py '{"engine": "ours", "model": "tiny/lrm", "prompts": 8, "rows": 64, "groups": [1, 8], ...}'
 
 Engines: ours (HfSampler), dynamic and static (transformers.generate with that cache), vllm. All answer the same prompt
 ids at the same temperature, without top-k and top-p, up to the same number of tokens; a token counts up to and with the
@@ -69,24 +69,25 @@ def main():
     if wanted["engine"] == "vllm":
         engine = VllmSampler(wanted["model"], tokenizer)
     elif wanted["engine"] == "ours":
-        engine = HfSampler(load_model(wanted["model"]), tokenizer, 32_768)
+        engine = HfSampler(load_model(wanted["model"]), tokenizer, 65_536)
     else:
         model = load_model(wanted["model"])
         model.set_attn_implementation("sdpa")  # transformers' own
         engine = Generate(model, tokenizer, wanted["engine"])
 
     def sample(group: int, s: Sampling) -> list[int]:
+        asked = requests[: wanted["rows"] // group]
         if wanted["engine"] in ("dynamic", "static"):
-            return engine.lengths(requests, group, s)
-        return [len(one.ids) for _, samples in engine.generate(requests, group, s) for one in samples]
+            return engine.lengths(asked, group, s)
+        return [len(one.ids) for _, samples in engine.generate(asked, group, s) for one in samples]
 
-    s = Sampling(wanted["max_new_tokens"], 1.0, seed=wanted["seed"])
+    s = Sampling(wanted["max_new_tokens"], 1.0)
     sample(2, s._replace(max_new_tokens=4))  # caches, kernels, threads
     found = {}
     for group in wanted["groups"]:
         clock = Clock()
         lengths = sorted(sample(group, s))
-        assert len(lengths) == group * len(requests) and lengths[-1] <= s.max_new_tokens
+        assert len(lengths) == group * min(len(requests), wanted["rows"] // group) and lengths[-1] <= s.max_new_tokens
         spread = {"shortest": lengths[0], "median": lengths[len(lengths) // 2], "longest": lengths[-1]}
         found[str(group)] = {"tokens": sum(lengths), "lengths": spread, **clock.read()}
     if wanted["engine"] == "vllm":

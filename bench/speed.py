@@ -30,7 +30,8 @@ grpo_step.speed_vs_trl >= 4, head.memory_151k_vs_1k <= 1.15"""
 
 NOTES = [
     """`dynamic` and `static` are transformers.generate with that cache; the slower was run once. Lengths: shortest /
-median / longest. Ours and vLLM return log-probs as well.""",
+median / longest. Ours and vLLM return log-probs as well. 48 prompts on tiny; on smollm2 8, and of groups of 32 the two
+that make as many rows.""",
     """Tokens: of SFT all, of GRPO the generated ones. In SFT and GRPO updates both sides had the same losses, gradient
 norms and label tokens. TRL also computes entropy, and in SFT accuracy, at each step; it pads GRPO's completions to the
 longest; and its fused head, which has no kernel for CPUs, scores every position.""",
@@ -102,14 +103,14 @@ def equal_work(name: str, sides: dict[str, list[dict]]):
 
 
 def sampler_bench(bench: Bench, vllm: Path, quick: bool):
-    models = {"tiny": ("tiny/lrm", 48, 64), "smollm2": ("smollm2/model", 2, 64)}
-    for name, (model, prompts, new) in models.items():
+    models = {"tiny": ("tiny/lrm", 48, 1536), "smollm2": ("smollm2/model", 8, 64)}
+    for name, (model, prompts, rows) in models.items():
         if not (ROOT / model).exists():
             print(f"{model} is not there: skipped (smollm2/fetch.py)")
             continue
-        fixed = {"model": model, "prompts": prompts, "max_new_tokens": new, "seed": 0, "groups": [1, 8, 32]}
+        fixed = {"model": model, "prompts": prompts, "rows": rows, "max_new_tokens": 64, "groups": [1, 8, 32]}
         if quick:
-            fixed |= {"groups": [8], "max_new_tokens": new if name == "tiny" else 12}
+            fixed |= {"groups": [8], "max_new_tokens": 64 if name == "tiny" else 12}
         engines = ["ours", "dynamic", "static"] + ["vllm"] * vllm.exists()
         sides = {engine: {"engine": engine, **fixed} for engine in engines}
         bench.alternate(f"sampler {name}", "sampler", sides, {"vllm": str(vllm)})
