@@ -307,7 +307,7 @@ def main():
     scorer, optimizer = accelerator.prepare(TokenScorer(model), optimizer)
     apart = options.engine == "vllm" or accelerator.distributed_type == DistributedType.FSDP  # needs weights of its own
     if options.engine == "vllm":
-        sampler = VllmSampler(options.model, tokenizer, beside_trainer=True)
+        sampler = VllmSampler(options.model, tokenizer, options.tensor_parallel, beside_trainer=True)
     else:
         sampler = HfSampler(load_model(options.model) if apart else model, tokenizer, options.batch_tokens)
 

@@ -1,10 +1,10 @@
-# make demo · make test · make smollm2 DATA=folder      (each sets up its own environment in .venv)
+# make demo · make test · make demo-smollm2 DATA=folder      (each sets up its own environment in .venv)
 VENV ?= .venv
 PY := $(VENV)/bin/python
 RUNS ?= runs/demo
 GRPO := $(PY) 04_grpo.py --run $(RUNS)/04_grpo
 
-.PHONY: demo test test-vllm torture bench cost lint claims results smollm2 clean
+.PHONY: demo test test-vllm torture bench cost lint claims results demo-smollm2 clean
 
 $(VENV)/ready: requirements-cpu.txt
 	python3 -m venv $(VENV)
@@ -66,17 +66,19 @@ bench: $(VENV)/ready  ## speed and memory beside TRL, transformers.generate and 
 cost: $(VENV)/ready  ## what each stage will cost for each preset, checked against the demo's runs if they are there
 	$(PY) bench/cost.py --runs $(RUNS)
 
-# All stages on a real pretrained model, small: DATA is a folder with strongreject, xstest_safe, math500 and
-# gsm8k_test.jsonl.
-SMOL := --preset smollm2 --run runs/smollm2
-smollm2: $(VENV)/ready
+# DATA: a folder with strongreject.jsonl, xstest_safe.jsonl, math500.jsonl and gsm8k_test.jsonl, in their public spellings.
+DATA ?= data
+SMOL := --preset smollm2 --limit 16 --run runs/smollm2
+SAFETY := $(DATA)/strongreject.jsonl $(DATA)/xstest_safe.jsonl
+demo-smollm2: $(VENV)/ready  ## all five stages on a real pretrained model with public prompts, on two cores
+	@test -f $(DATA)/strongreject.jsonl || { echo "error: no strongreject.jsonl in $(DATA); give the folder of benchmark files: make demo-smollm2 DATA=folder"; exit 1; }
 	$(PY) -m pip install -q gguf
 	test -d smollm2/model || $(PY) smollm2/fetch.py
-	$(PY) 01_generate.py $(SMOL)/01_generate --n 2 --limit 8 --prompts $(DATA)/strongreject.jsonl $(DATA)/xstest_safe.jsonl
-	$(PY) 02_verify_sft.py $(SMOL)/02_verify_sft --responses runs/smollm2/01_generate
-	$(PY) 03_steer_selfgen.py $(SMOL)/03_steer_selfgen --limit 8 --prompts $(DATA)/strongreject.jsonl $(DATA)/xstest_safe.jsonl
-	$(PY) 04_grpo.py $(SMOL)/04_grpo --limit 8 --prompts $(DATA)/strongreject.jsonl $(DATA)/xstest_safe.jsonl
-	$(PY) 05_eval.py $(SMOL)/05_eval --limit 8 --max_new_tokens 256 --models SmolLM2-135M=smollm2/model \
+	$(PY) 01_generate.py $(SMOL)/01_generate --n 2 --prompts $(SAFETY)
+	$(PY) 02_verify_sft.py --preset smollm2 --run runs/smollm2/02_verify_sft --responses runs/smollm2/01_generate
+	$(PY) 03_steer_selfgen.py $(SMOL)/03_steer_selfgen --prompts $(SAFETY)
+	$(PY) 04_grpo.py $(SMOL)/04_grpo --prompts $(SAFETY)
+	$(PY) 05_eval.py $(SMOL)/05_eval --max_new_tokens 256 --models SmolLM2-135M=smollm2/model \
 		SInternal=runs/smollm2/02_verify_sft/checkpoint ThinkSafe=runs/smollm2/03_steer_selfgen/checkpoint \
 		GRPO=runs/smollm2/04_grpo/checkpoint --judges smollm2/refusal_words.py smollm2/rule_guard.py xstest:smollm2/model \
 		--bench xstest=$(DATA)/xstest_safe.jsonl strongreject=$(DATA)/strongreject.jsonl \

@@ -158,6 +158,7 @@ class StageOptions:
     run: str = ""  # folder of this run: options, rows and checkpoints; the same command again goes on where it stopped
     seed: int = 0  # seed of sampling, shuffling and initialisation
     engine: Literal["hf", "vllm"] = "hf"  # what samples: our loop over transformers (any machine) or vLLM (GPU)
+    tensor_parallel: int = 1  # vllm engine: GPUs that share one model, for models that one GPU can't hold
     batch_tokens: int = 32_768  # hf engine: prompt + new tokens in one batch, what the KV cache must hold
     enable_thinking: bool = True  # passed to the chat template; templates without the switch ignore it
 
@@ -236,6 +237,8 @@ def open_run(options, free: tuple[str, ...] = ()) -> Path:
     Options in `free` may change from call to call."""
     if options.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         fail("--engine vllm needs the package vllm: pip install -r requirements.txt, or use --engine hf")
+    if options.tensor_parallel > 1 and (options.engine != "vllm" or processes().num_processes > 1):
+        fail("--tensor_parallel is for --engine vllm in one process, which then uses that many GPUs")
     if processes().process_index > 0:  # the first process checks, writes and speaks for all
         processes().wait_for_everyone()
         sys.stdout = open(os.devnull, "w")
@@ -579,6 +582,9 @@ class Sampler:
         """Yields (index into chats, its n Replies) as they finish. `chats` are (key, messages)."""
         rendered = [render_chat(self.tokenizer, messages, **template_options) for _, messages in chats]
         requests = [(key, ids) for (key, _), (ids, _) in zip(chats, rendered)]
+        for key, ids in requests:
+            if len(ids) >= self.context:
+                fail(f"prompt {key[:99]} has {len(ids)} tokens, {self.tokenizer.name_or_path} reads {self.context}")
         for index, samples in self.generate(requests, n, sampling):
             ids, opened = rendered[index]
             texts = [self.tokenizer.decode([t for t in s.ids if t not in self.eos]) for s in samples]
@@ -622,6 +628,7 @@ class HfSampler(Sampler):
     def __init__(self, model, tokenizer, batch_tokens: int):
         self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
         self.eos = end_tokens(model.generation_config, tokenizer)
+        self.context = getattr(model.config, "max_position_embeddings", math.inf)
 
     @torch.inference_mode()
     def generate(self, requests: list[tuple[str, list[int]]], n: int, s: Sampling):
@@ -715,10 +722,11 @@ class WeightReceiver:
 class VllmSampler(Sampler):
     """The same interface over vLLM: continuous batching, prefix caching, a seed per request."""
 
-    def __init__(self, name: str, tokenizer, beside_trainer: bool = False):
+    def __init__(self, name: str, tokenizer, tensor_parallel: int = 1, beside_trainer: bool = False):
         from vllm import LLM
 
-        extra = {"worker_extension_cls": "common.WeightReceiver"} if beside_trainer else {}
+        extra = {"tensor_parallel_size": tensor_parallel}
+        extra |= {"worker_extension_cls": "common.WeightReceiver"} if beside_trainer else {}
         if beside_trainer and torch.cuda.is_available():
             extra |= {"enable_sleep_mode": True, "gpu_memory_utilization": 0.5}
         if not torch.cuda.is_available():  # vLLM 0.32 on a CPU: a prompt prefilled in chunks breaks seeded requests
@@ -727,7 +735,7 @@ class VllmSampler(Sampler):
             visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
             os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[processes().local_process_index]
         self.llm = LLM(model=name, enable_prefix_caching=True, logprobs_mode="processed_logprobs", **extra)
-        self.tokenizer, self.asleep = tokenizer, False
+        self.tokenizer, self.asleep, self.context = tokenizer, False, self.llm.model_config.max_model_len
         try:
             self.eos = end_tokens(GenerationConfig.from_pretrained(name), tokenizer)
         except OSError:  # a folder without a generation_config.json
@@ -830,7 +838,7 @@ def open_sampler(name: str, options: StageOptions):
         return Endpoint(name)
     tokenizer = load_tokenizer(name)
     if options.engine == "vllm":
-        return VllmSampler(name, tokenizer)
+        return VllmSampler(name, tokenizer, options.tensor_parallel)
     return HfSampler(load_model(name), tokenizer, options.batch_tokens)
 
 

@@ -1,6 +1,7 @@
 """The world's rule and splits, and the public spellings of prompt files."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -91,12 +92,25 @@ CLAIMS = [f"claims/{name}.md" for name in ("sinternal", "thinksafe", "grpo", "ju
         "smollm2/02_verify_sft.txt",
         "smollm2/03_steer_selfgen.txt",
         "smollm2/results.md",
+        "fork.md",
         "torture.md",
     ],
 )
 def test_readme_quotes_its_result_files(file):
     text = (ROOT / "results" / file).read_text()
     assert text.split("\n\n")[0].strip() in (ROOT / "README.md").read_text()
+
+
+def test_readme_quotes_the_lines_that_compute_its_equations():
+    quoted = re.findall(r"`([^`]+)` in `(\w+\.py)`", (ROOT / "README.md").read_text())
+    assert len(quoted) >= 9
+    for line, file in quoted:
+        assert line in (ROOT / file).read_text(), (file, line)
+
+
+def test_readme_forks_with_the_reward_that_was_run():
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert code.strip() in (ROOT / "bench/fork.py").read_text()
 
 
 @pytest.mark.parametrize(

@@ -51,15 +51,17 @@ def test_a_sample_depends_on_its_key_alone(model, tokenizer, requests):
     assert any(a.ids != b.ids for i in other for a, b in zip(other[i], together[i]))
 
 
-def test_log_probs_and_finish(model, tokenizer, requests):
-    """Log-probs are those of the tempered softmax of a full forward pass; the end token belongs to the sample."""
-    found = run(model, tokenizer, requests, n=2, temperature=0.7, max_new_tokens=12, seed=1)
+@pytest.mark.parametrize("temperature, new", [(0.7, 12), (2.0, 150)])
+def test_log_probs_and_finish(model, tokenizer, requests, temperature, new):
+    """Log-probs are those of the tempered softmax of a full forward pass; the end token belongs to the sample. Of 150
+    tokens at a high temperature rows leave at many lengths, and the cache runs out of room more than once."""
+    found = run(model, tokenizer, requests, n=2, temperature=temperature, max_new_tokens=new, seed=1)
     for i, samples in found.items():
         prompt = requests[i][1]
         for sample in samples:
-            logits = model(input_ids=torch.tensor([prompt + sample.ids])).logits[0, len(prompt) - 1 : -1] / 0.7
+            logits = model(input_ids=torch.tensor([prompt + sample.ids])).logits[0, len(prompt) - 1 : -1] / temperature
             expected = logits.log_softmax(-1).gather(1, torch.tensor(sample.ids).unsqueeze(1)).squeeze(1)
             torch.testing.assert_close(torch.tensor(sample.log_probs), expected, atol=1e-4, rtol=0)
             ended = sample.ids[-1] == tokenizer.eos_token_id
-            assert sample.finish == ("stop" if ended else "length") and (ended or len(sample.ids) == 12)
+            assert sample.finish == ("stop" if ended else "length") and (ended or len(sample.ids) == new)
             assert tokenizer.eos_token_id not in sample.ids[:-1]

@@ -54,6 +54,24 @@ def test_seeds_belong_to_the_request(setup):
     assert any(a.ids != b.ids for i in other for a, b in zip(other[i], together[i]))
 
 
+def test_long_prompts_and_stop_tokens(setup):
+    """As long as the model reads, both engines agree; one more is refused in a line. The end token ends a response, is
+    in its ids and not in its text."""
+    ours, theirs, requests = setup
+    room = ours.model.config.max_position_embeddings
+    words = requests[0][1] * (room // len(requests[0][1]))
+    greedy, long = Sampling(4, 0.0), [("long", words[: room - 4])]
+    [[(_, [a])], [(_, [b])]] = (list(engine.generate(long, 1, greedy)) for engine in (ours, theirs))
+    assert a.ids == b.ids and len(b.ids) <= 4
+    chats = [("0", [{"role": "user", "content": PROMPTS[0]}]), ("1", [{"role": "user", "content": "midumon " * room}])]
+    for engine in (ours, theirs):
+        [(_, [reply])] = engine.replies(chats[:1], 1, Sampling(60, 0.0))
+        assert reply.sample.ids[-1] in engine.eos and reply.finish == "stop" and reply.tokens == len(reply.sample.ids)
+        assert "<|im_end|>" not in reply.text
+        with pytest.raises(SystemExit, match=f"^error: prompt 1 has .* tokens, tiny/lrm reads {room}$"):
+            list(engine.replies(chats, 1, greedy))
+
+
 def test_stage_01_samples_and_labels_with_it(tmp_path):
     """Two engines one after the other: the first one is gone before the guard's starts."""
     run_stage("01_generate", "--engine", "vllm", "--run", tmp_path / "run", "--limit", 20, "--n", 4)
