@@ -72,6 +72,16 @@ def test_long_prompts_and_stop_tokens(setup):
             list(engine.replies(chats, 1, greedy))
 
 
+def test_two_processes_that_share_a_model_write_the_same(setup, monkeypatch):
+    """--tensor_parallel 2: each holds half of every layer."""
+    ours, _, requests = setup
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    engine = VllmSampler("tiny/lrm", ours.tokenizer, tensor_parallel=2)
+    a, b = (dict(one.generate(requests, 1, Sampling(40, 0.0))) for one in (ours, engine))
+    engine.close()
+    assert [a[i][0].ids for i in sorted(a)] == [b[i][0].ids for i in sorted(b)]
+
+
 def test_stage_01_samples_and_labels_with_it(tmp_path):
     """Two engines one after the other: the first one is gone before the guard's starts."""
     run_stage("01_generate", "--engine", "vllm", "--run", tmp_path / "run", "--limit", 20, "--n", 4)
