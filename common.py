@@ -464,9 +464,9 @@ def encode_plain(tokenizer, text: str) -> list[int]:
     """Ids of `text` with nothing in it read as a special token, whatever it contains (trap 7).
 
     A user's prompt or a judged answer may hold `<|im_end|>` or `</think>`. Each such string is cut after its first
-    character, so that the tokenizer meets two harmless halves.
+    character, so that the tokenizer meets two harmless halves. Added tokens of blanks, as Gemma has, are plain text.
     """
-    added = "|".join(map(re.escape, tokenizer.get_added_vocab())) or "(?!)"
+    added = "|".join(re.escape(token) for token in tokenizer.get_added_vocab() if token.strip()) or "(?!)"
     cuts = [0, *(match.start() + 1 for match in re.finditer(f"(?={added})", text)), len(text)]
     pieces = [text[start:end] for start, end in zip(cuts, cuts[1:])]
     return [i for piece in pieces if piece for i in tokenizer.encode(piece, add_special_tokens=False)]
@@ -476,18 +476,27 @@ def render_chat(tokenizer, messages: list[dict], generate: bool = True, **templa
     """(ids, opened): the chat template's ids for `messages`, contents as plain text, and whether it opens `<think>`.
 
     The template is rendered around place marks and only its own text may become special tokens; ids go to models and
-    guards as they are, so no second tokenizer pass adds another BOS (trap 5). `opened` is read off the rendered text
-    (R1 templates end in `<think>\\n`), never decided by the model's name (trap 3).
+    guards as they are, so no second tokenizer pass adds another BOS (trap 5). Blanks around a content, and the thinking
+    of turns before a generation, are the template's to keep or drop. `opened` is read off the rendered text (R1
+    templates end in `<think>\\n`), never decided by the model's name (trap 3).
     """
-    marked = [{**m, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
+    marked, texts = [], []
+    for i, m in enumerate(messages):
+        whole, place = m["content"].strip(), f"\ue000{i}\ue001"
+        text, (_, closed, answer) = whole, whole.rpartition("</think>")
+        if closed and generate and m["role"] == "assistant":
+            text, place = answer.strip(), "<think>\ue002</think>" + answer.replace(answer.strip(), place, 1)
+        marked.append({**m, "content": m["content"].replace(whole, place, 1)})
+        texts.append(text)
     try:
         text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=generate, **template_options)
     except TemplateError as error:  # Gemma's takes no system turn
         fail(f"the chat template of {tokenizer.name_or_path} refuses {[m['role'] for m in messages]}: {error}")
     ids: list[int] = []
-    for piece in re.split("(\ue000\\d+\ue001)", text):
-        if piece.startswith("\ue000"):
-            ids += encode_plain(tokenizer, messages[int(piece[1:-1])]["content"])
+    for piece in re.split("((?:<think>\\s*\ue002\\s*</think>\\s*)?\ue000\\d+\ue001)", text):
+        if piece.endswith("\ue001"):
+            i = int(piece[piece.index("\ue000") + 1 : -1])
+            ids += encode_plain(tokenizer, texts[i] if piece[0] == "\ue000" else messages[i]["content"].strip())
         elif piece:
             ids += tokenizer.encode(piece, add_special_tokens=False)
     return ids, text.rfind("<think>") > text.rfind("</think>")
@@ -852,8 +861,7 @@ def answer_prompts(
     def work(todo):
         chats = [(row["id"], messages_of(row["prompt"])) for row in todo]
         if chats and isinstance(sampler, Sampler):
-            first = render_chat(sampler.tokenizer, chats[0][1], **template_options)[0]
-            print(f"first prompt as the model reads it:\n{sampler.tokenizer.decode(first)}")
+            show_prompt(sampler.tokenizer, chats[0][1], **template_options)
         tokens, began = 0, time.time()
         with tqdm(total=len(todo) * n, unit="response", disable=processes().process_index > 0) as bar:
             for index, replies in sampler.replies(chats, n, sampling, **template_options):
@@ -1043,10 +1051,23 @@ def load_model(name: str, dtype=None):
     return model.to(processes().device).eval()
 
 
+def end_token(tokenizer) -> int:
+    """The special token that the chat template writes after an assistant's text, such as Gemma's <end_of_turn>, or the
+    tokenizer's own where it writes none."""
+    chat = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "\ue000"}]
+    with suppress(TemplateError, ValueError):  # no such chat, no template
+        after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("\ue000")[2].lstrip()
+        for token in tokenizer.encode(after, add_special_tokens=False)[:1]:
+            if token in tokenizer.get_added_vocab().values():
+                return token
+    return tokenizer.eos_token_id
+
+
 def end_tokens(generation_config, tokenizer) -> set[int]:
-    """Ids that end a response: the tokenizer's and the generation config's, which may be one, several or none."""
+    """Ids that end a response: the template's, the tokenizer's and the generation config's: one, several or none."""
     more = getattr(generation_config, "eos_token_id", None)
-    return {tokenizer.eos_token_id, *([more] if isinstance(more, int) else more or [])} - {None}
+    more = [more] if isinstance(more, int) else more or []
+    return {end_token(tokenizer), tokenizer.eos_token_id, *more} - {None}
 
 
 class LoRALinear(nn.Module):
@@ -1313,14 +1334,19 @@ def training_steps(run: Path, options, items: list, steps: int, rate_at, model, 
 def response_ids(tokenizer, thinking: str | None, answer: str, opened: bool) -> list[int]:
     """Ids of a whole response with its end token; tags and end are the only special tokens in it. Built from parts,
     because chat templates drop the thinking of assistant turns (trap 4). An answerless one ends at `</think>`, one of a
-    model that writes no thinking (None) is its answer."""
+    model that writes no thinking (None) is its answer. The line ends around a text are read with it, as the model
+    writes them: `.\\n` may be one token."""
     if thinking is None:
-        return [*encode_plain(tokenizer, answer), tokenizer.eos_token_id]
-    head = "" if opened else "<think>\n"
-    tail = "\n</think>\n\n" if answer else "\n</think>"
-    head, tail = (tokenizer.encode(part, add_special_tokens=False) for part in (head, tail))
-    thinking, answer = encode_plain(tokenizer, thinking), encode_plain(tokenizer, answer)
-    return [*head, *thinking, *tail, *answer, tokenizer.eos_token_id]
+        return [*encode_plain(tokenizer, answer), end_token(tokenizer)]
+    begin, end = (tokenizer.encode(tag, add_special_tokens=False) for tag in ("<think>", "</think>"))
+    thinking = encode_plain(tokenizer, f"{thinking}\n" if opened else f"\n{thinking}\n")
+    answer = encode_plain(tokenizer, f"\n\n{answer}") if answer else []
+    return [*([] if opened else begin), *thinking, *end, *answer, end_token(tokenizer)]
+
+
+def show_prompt(tokenizer, chat: list[dict], **template_options):
+    ids, _ = render_chat(tokenizer, chat, **template_options)
+    print(f"first prompt as the model reads it:\n{tokenizer.decode(ids)}")
 
 
 def show_example(tokenizer, example: Example):
