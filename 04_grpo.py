@@ -52,8 +52,8 @@ from tqdm import tqdm
 from common import ALL_LINEAR, Example, HfSampler, Judge, Sampling, StageOptions, TokenScorer, VllmSampler, add_lora
 from common import answer_is_correct, append_jsonl, fail, load_model, load_prompts, load_tokenizer, lora_off
 from common import messages_of, micro_batches, open_run, own_share, pad_batch, parse_options, parse_verdict, processes
-from common import render_chat, reopen_jsonl, require_model, run_stage, save_checkpoint, save_state, split_response
-from common import summary, training_steps
+from common import render_chat, reopen_jsonl, require_model, run_stage, save_checkpoint, save_state, show_prompt
+from common import split_response, summary, training_steps
 
 
 @dataclass
@@ -294,6 +294,7 @@ def main():
     )
     accelerator.init_trackers("04_grpo", {k: str(v) for k, v in asdict(options).items()})
     tokenizer = load_tokenizer(options.model)
+    show_prompt(tokenizer, messages_of(prompts[0]["prompt"]), enable_thinking=options.enable_thinking)
     model = load_model(options.model, torch.float32)
     reference_model = None
     if options.lora_rank:

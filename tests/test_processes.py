@@ -3,24 +3,30 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import ROOT, load, rows, run_here
 from safetensors.torch import load_file
+from torture import compare
 
 import common
 from common import once_per_row, save_checkpoint, write_jsonl
 from tiny import world
 
-generate, verify, steer, grpo = map(load, ("01_generate", "02_verify_sft", "03_steer_selfgen", "04_grpo"))
+generate, verify, steer, grpo, evaluate = map(
+    load, ("01_generate", "02_verify_sft", "03_steer_selfgen", "04_grpo", "05_eval")
+)
 
 
-def run_on_two(stage: str, *args, sharded: bool = False):
+def launch_two(stage: str, *args, sharded: bool = False) -> subprocess.Popen:
     """Two processes on the CPU, by torchrun: `accelerate launch --cpu --num_processes 2` starts one. `sharded` is FSDP,
     with the settings of fsdp.yaml as accelerate launch passes them on."""
     with socket.socket() as free:
@@ -28,14 +34,19 @@ def run_on_two(stage: str, *args, sharded: bool = False):
         port = free.getsockname()[1]
     launch = ["torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, "--"]
     command = [sys.executable, "-m", *map(str, launch), *(["tests/sharded.py"] if sharded else []), f"{stage}.py"]
-    command += map(str, args)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if sharded:
         settings = yaml.safe_load((ROOT / "fsdp.yaml").read_text())["fsdp_config"]
         environment |= {k.upper(): str(v) for k, v in settings.items()} | {"ACCELERATE_USE_FSDP": "true"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    assert done.stdout.count(f"\n{stage}\n") == 1  # one summary: the first process speaks for both
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *map(str, args)], cwd=ROOT, env=environment, **pipes)
+
+
+def run_on_two(stage: str, *args, sharded: bool = False):
+    done = launch_two(stage, *args, sharded=sharded)
+    output, errors = done.communicate(timeout=600)
+    assert done.returncode == 0, f"{done.args}\n{output[-2000:]}\n{errors[-4000:]}"
+    assert output.count(f"\n{stage}\n") == 1  # one summary: the first process speaks for both
 
 
 def same_training(one, two):
@@ -81,21 +92,35 @@ def test_two_processes_write_the_same_rows(answered):
     assert (set(written[:4]), set(written[4:])) == (set(order[::2]), set(order[1::2]))  # each process made its share
 
 
-def test_one_process_goes_on_where_the_second_of_two_died(answered, tmp_path):
-    """What the dead process had finished is kept as it is, its half line is made again, and so is all that is missing."""
-    folder, options = answered
-    shutil.copytree(folder / "two", tmp_path / "run")
-    made = rows(folder / "two/responses.jsonl")
-    own, dead = ({**made[k], "source": "kept"} for k in (0, 4))
-    half = json.dumps(made[5])[:60]
-    (tmp_path / "run/responses.jsonl").write_text(json.dumps(own) + "\n")
-    (tmp_path / "run/responses.process1.jsonl").write_text(json.dumps(dead) + "\n" + half)
-    (tmp_path / "run/labels.jsonl").rename(tmp_path / "run/labels.process1.jsonl")
-    run_here(generate, "--run", tmp_path / "run", *options)
-    expected = {row["id"]: row for row in [*made, own, dead]}
-    assert {row["id"]: row for row in by_id(tmp_path / "run/responses.jsonl")} == expected
-    assert by_id(tmp_path / "run/labels.jsonl") == by_id(folder / "two/labels.jsonl")
-    assert not list((tmp_path / "run").glob("*.process*"))
+def test_one_of_two_processes_dies_and_two_or_one_go_on(tmp_path):
+    """The second process of stage 01 is killed half way, and torchrun ends the first. What both had finished is kept as
+    it is, a half line is made again, and so is all that is missing."""
+    options = ["--limit", 30, "--n", 2, "--guard", "tiny/gold.py"]
+    run_here(generate, "--run", tmp_path / "whole", *options)
+    options += ["--batch_tokens", 1]  # one prompt after the other
+    run, made = tmp_path / "run", {row["id"]: row for row in rows(tmp_path / "whole/responses.jsonl")}
+    two, shard = launch_two("01_generate", "--run", run, *options), run / "responses.process1.jsonl"
+    files = [run / "responses.jsonl", shard]
+    while not all(file.exists() and file.read_bytes().count(b"\n") > 2 for file in files):
+        assert two.poll() is None and not time.sleep(0.01)
+    workers = Path(f"/proc/{two.pid}/task/{two.pid}/children").read_text().split()
+    [second] = [pid for pid in workers if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(int(second), signal.SIGKILL)
+    two.communicate(timeout=60)
+    assert two.returncode
+    for file in files:
+        found = [json.loads(line) for line in file.read_text().split("\n")[:-1]]  # without a half line
+        assert 2 < len(found) < 15
+        lines = "".join(json.dumps({**row, "source": "kept"}) + "\n" for row in found)
+        file.write_text(lines + json.dumps(found[0])[:60] * (file == shard))
+        made |= {row["id"]: {**made[row["id"]], "source": "kept"} for row in found}
+    shutil.copytree(run, tmp_path / "alone")
+    run_on_two("01_generate", "--run", run, *options)
+    run_here(generate, "--run", tmp_path / "alone", *options)
+    for folder in (run, tmp_path / "alone"):
+        assert {row["id"]: row for row in by_id(folder / "responses.jsonl")} == made
+        assert by_id(folder / "labels.jsonl") == by_id(tmp_path / "whole/labels.jsonl")
+        assert not list(folder.glob("*.process*"))
 
 
 def test_files_of_several_processes_are_read_together_and_joined(tmp_path):
@@ -189,3 +214,24 @@ def test_two_processes_steer_and_train_as_one(answered, tmp_path):
         same_training(tmp_path / "one", tmp_path / name)
         a, b = (json.loads((tmp_path / x / "trained.json").read_text()) for x in ("one", name))
         assert a == pytest.approx(b, rel=1e-3) and a["data_kl"] > 1e-3
+
+
+def test_two_processes_evaluate_as_one(tmp_path):
+    """Two models, three kinds of rows, three judges, two responses a prompt: responses, verdicts, figures, recipe."""
+    for name, lines in (("plain", 240), ("sums", 200)):
+        text = (ROOT / f"tiny/prompts/test_{name}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / f"{name}.jsonl").write_text("".join(text[: lines : lines // 5]))
+    test = [{"id": "v", "prompt": "is it safe?", "harmful": True, "verdict": "unsafe"}]
+    write_jsonl(tmp_path / "verify.jsonl", test)
+    options = ["--bench", *(f"{name}={tmp_path}/{name}.jsonl" for name in ("plain", "sums"))]
+    options += ["--verify_test", tmp_path / "verify.jsonl", "--models", "base=tiny/lrm", "other=tiny/expert"]
+    options += ["--n", 2, "--temperature", 1]
+    run_here(evaluate, "--run", tmp_path / "one", *options)
+    run_on_two("05_eval", "--run", tmp_path / "two", *options)
+    compared, _ = compare(tmp_path / "one", tmp_path / "two")
+    assert compared == 2 * (5 + 5 + 1 + 2 * 3 * 5)  # responses, and verdicts of three judges on two texts of `plain`
+    found = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
+    for one in found:
+        assert {row["metric"] for row in one["rows"]} > {"asr", "compliance", "accuracy", "verify_f1", "self_check"}
+        del one["recipe"]["seconds"], one["recipe"]["hardware"]  # which says how many threads
+    assert found[0] == found[1]

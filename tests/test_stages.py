@@ -9,6 +9,8 @@ import shutil
 import pytest
 from conftest import ROOT, load, refused, rows, run_stage
 
+from common import PRESETS, load_prompts
+
 generate = load("01_generate")
 STAGES = ["01_generate", "02_verify_sft", "03_steer_selfgen", "04_grpo", "05_eval"]
 
@@ -39,6 +41,30 @@ def test_every_stage_ends_with_a_summary_and_the_next_command(runs):
         assert f"\n{name}\n" in out[number].stdout and "\nnext: " in out[number].stdout
 
 
+def test_the_first_prompt_and_the_label_mask_are_shown(runs, tokenizer):
+    """The ids that are read and trained on, decoded; each stage's rows through transformers' own rendering."""
+    folder, out = runs
+    asked = {name: rows(folder / name) for name in ("01/responses.jsonl", "02/critiques.jsonl", "03/responses.jsonl")}
+    asked |= {
+        "04": load_prompts(PRESETS["tiny"]["prompts"], 20)[:1],
+        "05": rows(folder / "05/base/plain.responses.jsonl"),
+    }
+
+    def chat(prompt: str) -> str:
+        turns = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    for name, found in asked.items():
+        shown = out[name[:2]].stdout.split("first prompt as the model reads it:\n")[1]
+        assert any(shown.startswith(chat(row["prompt"])) for row in found), name
+    for number, field in (("02", "trained_"), ("03", "")):
+        first = rows(folder / number / "train.jsonl")[0]
+        assert first["harmful"]  # so that stage 03 has steered it
+        thinking, answer = first[f"{field}thinking"], first[f"{field}answer"]
+        mask = f"first example, no loss:\n{chat(first['prompt'])}\nfirst example, trained on:\n"
+        assert f"{mask}<think>\n{thinking}\n</think>\n\n{answer}<|im_end|>\n" in out[number].stdout
+
+
 def test_01_writes_every_prompt_once_with_its_labels(runs):
     folder, _ = runs
     responses, labels = rows(folder / "01/responses.jsonl"), rows(folder / "01/labels.jsonl")
@@ -64,14 +90,12 @@ def test_02_trains_on_agreeing_critiques_only(runs):
 
 
 def test_03_trains_on_unsteered_prompts(runs):
-    folder, out = runs
+    folder, _ = runs
     kept, sampled = rows(folder / "03/train.jsonl"), rows(folder / "03/responses.jsonl")
     steering = load("03_steer_selfgen").STEERING["prefix"].split("\n")[0]
     assert not any(steering in r["prompt"] or steering in r["thinking"] for r in kept)
     assert all((steering in r["prompt"]) is r["harmful"] for r in sampled)
     assert len(kept) + len(rows(folder / "03/dropped.jsonl")) == len(sampled)
-    shown = out["03"].stdout.split("first example, no loss:")[1]  # the ids that are trained on, decoded
-    assert kept[0]["harmful"] and kept[0]["prompt"] in shown and steering not in shown
 
 
 def test_04_has_one_line_per_step(runs):
@@ -260,8 +284,6 @@ def test_a_changed_prompt_file_is_refused_by_name(tmp_path):
 
 def test_presets_hold_no_dead_options():
     """Every key of every preset is read by some stage."""
-    from common import PRESETS
-
     fields = {name[:2]: set(load(name).Options.__dataclass_fields__) for name in STAGES}
     for preset in PRESETS.values():
         for key, value in preset.items():
