@@ -13,6 +13,7 @@ What the paper does not say, and our choice:
     python 01_generate.py                                       # the miniature world
     python 01_generate.py --preset qwen3-0.6b --engine vllm --prompts my_prompts.jsonl
     accelerate launch --num_processes 8 01_generate.py …        # each process answers and labels its share
+    python 01_generate.py --model Qwen/Qwen3-4B@http://host:8000/v1 …    # answers come from a running `vllm serve`
 
 in:  --prompts   JSONL, CSV, Parquet or hub dataset with prompt and harmful (README, "Prompt files")
 out: <run>/responses.jsonl   one line per prompt: id, prompt, harmful, samples [{thinking, answer, state, tokens}]
@@ -30,7 +31,8 @@ from common import parse_options, require_model, run_stage, summary
 class Options(SamplingOptions):
     # folder of this run: options and rows; the same command again goes on where it stopped
     run: str = "runs/01_generate"
-    model: str = "tiny/lrm"  # the model that answers: Hugging Face id or folder
+    # the model that answers: Hugging Face id or folder, or model@URL if a `vllm serve` runs that very model
+    model: str = "tiny/lrm"
     # labels each answer: a model (or model@URL) that writes Qwen3Guard's format, or a .py file with judge(prompt,
     # answer) -> str
     guard: str = "tiny/guard"
@@ -42,7 +44,7 @@ class Options(SamplingOptions):
 def main():
     options = parse_options(Options, __doc__)
     rows = load_prompts(options.prompts, options.limit)
-    require_model(options.model)
+    require_model(options.model, served=True)
     require_model(options.guard, endpoint=True)
     run = open_run(options)
 

@@ -35,9 +35,10 @@ import torch
 from accelerate import Accelerator
 
 from common import ALL_LINEAR, VERDICT_LINE, Example, Sampling, StageOptions, TokenScorer, add_lora, answer_prompts
-from common import cosine_rate, fail, load_model, load_tokenizer, messages_of, micro_batches, open_run, open_sampler
-from common import own_share, pad_batch, parse_options, prompt_text, read_jsonl, render_chat, require_model
-from common import response_ids, run_stage, save_checkpoint, show_example, summary, training_steps, write_jsonl
+from common import cosine_rate, fail, load_model, load_tokenizer, local_name, messages_of, micro_batches, open_run
+from common import open_sampler, own_share, pad_batch, parse_options, prompt_text, read_jsonl, render_chat
+from common import require_model, response_ids, run_stage, save_checkpoint, show_example, summary, training_steps
+from common import write_jsonl
 
 # FORK HERE: the specification S and the question. {prompt} and {answer} are filled in as data.
 VERIFICATION_PROMPT = """\
@@ -232,7 +233,7 @@ def main():
         selected = [{**row, "prompt": row["request"]} for row in selected]
 
     # 1. The expert reads S, the prompt and the answer (not the thinking) and writes critique and verdict.
-    sampler = open_sampler(options.expert, options)
+    sampler = open_sampler(options.expert, options, endpoint=True)
     sampling = Sampling(options.max_critique_tokens, 0.0)
     replies = answer_prompts(sampler, selected, run / "critiques.jsonl", 1, sampling, {"enable_thinking": False})
     sampler.close()
@@ -265,7 +266,7 @@ def main():
     if not (run / "checkpoint").exists():
         train(options, run, examples, tokenizer)
     losses = [row["loss"] for row in read_jsonl(run / "metrics.jsonl")]
-    writer = json.loads((Path(options.responses) / "options.json").read_text())["options"]["model"]
+    writer = local_name(json.loads((Path(options.responses) / "options.json").read_text())["options"]["model"])
     counts = Counter(("harmful" if r["harmful"] else "benign", r["label"]) for r in kept)
     summary(
         run,

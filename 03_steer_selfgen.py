@@ -17,6 +17,7 @@ The paper's ablations, each by option: `--steering suffix` (or risk, intent), `-
 all five must be accepted), `--strip_reasoning`, `--generator other-model`, `--guard other-guard`, `--benign_loss kl`.
 
     python 03_steer_selfgen.py
+    python 03_steer_selfgen.py --model Qwen/Qwen3-4B --generator Qwen/Qwen3-4B@http://host:8000/v1 …    # `vllm serve`
 
 in:  --prompts   harmful and benign prompts
 out: <run>/responses.jsonl  steered (harmful) and plain (benign) samples, a line per prompt and try
@@ -58,7 +59,8 @@ STEERING = {
 class Options(SamplingOptions):
     run: str = "runs/03_steer_selfgen"  # folder of this run; the same command again goes on where it stopped
     model: str = "tiny/lrm"  # the model that writes its own training data and is then trained on it
-    # another model that writes the training data instead (the paper's ablation, and ordinary SFT on a teacher)
+    # writes the training data instead: another model (the paper's ablation, and ordinary SFT on a teacher), or
+    # model@URL of a `vllm serve`, also of the model itself
     generator: str = ""
     guard: str = "tiny/guard"  # accepts or drops each response (paper: Llama-Guard-3-8B)
     prompts: list[str] = field(default_factory=list)  # harmful and benign prompts (paper: SafeChain's 17,889 + 22,111)
@@ -247,8 +249,8 @@ def main():
     unknown = [name for name in options.steering if name not in STEERING]
     if unknown:
         fail(f"--steering {unknown[0]}: the texts are named {', '.join(STEERING)}")
-    for name in (options.model, options.generator or options.model):
-        require_model(name)
+    require_model(options.model)
+    require_model(options.generator or options.model, served=True)
     require_model(options.guard, endpoint=True)
     run = open_run(options)
 

@@ -21,6 +21,7 @@ may be noise (its interval holds 0). F1's interval is that of tp / (tp + fp + fn
 
     python 05_eval.py --models base=tiny/lrm thinksafe=runs/03_steer_selfgen/checkpoint
     python 05_eval.py --preset qwen3-4b --engine vllm --models base=Qwen/Qwen3-4B --bench strongreject xstest=my.csv
+    python 05_eval.py --models base=Qwen/Qwen3-4B@http://host:8000/v1 …    # a running `vllm serve` answers
     python 05_eval.py --judges wildguard:allenai/wildguard …     # the same run judged again: nothing is generated twice
     python 05_eval.py --compare a/results.json b/results.json    # what differs in recipe and results
 
@@ -49,6 +50,7 @@ from common import (
     judge_samples,
     judge_style,
     load_rule,
+    local_name,
     messages_of,
     open_run,
     open_sampler,
@@ -104,7 +106,8 @@ BENCHMARKS = {
 class Options(SamplingOptions):
     # folder of this run; the same command goes on where it stopped, also with more models, benchmarks or judges
     run: str = "runs/05_eval"
-    # name=folder or name=Hugging Face id of each checkpoint; the first one is what the others are compared with
+    # name=folder or name=Hugging Face id of each checkpoint, or name=model@URL if a `vllm serve` runs that very model;
+    # the first one is what the others are compared with
     models: list[str] = field(default_factory=lambda: ["base=tiny/lrm"])
     # names from BENCHMARKS (loaded from the hub), or name=prompt file; rows say whether they are harmful, benign or
     # maths, unless the benchmark of that name does
@@ -499,7 +502,7 @@ def main():
     if not tests:
         fail("nothing to evaluate: give --bench or --verify_test")
     for name in models.values():
-        require_model(name)
+        require_model(name, served=True)
     for name in options.judges + [options.self_checker] * bool(options.self_checker):
         require_model(name, endpoint=True)
         if not name.endswith(".py") and (judge_style(name)[0] == "self_check") != (name == options.self_checker):
@@ -511,7 +514,7 @@ def main():
 
     # 1. Every model answers every benchmark.
     responses: dict[tuple[str, str], list[dict]] = {}
-    rendered, behind = {}, {name: content(path) for name, path in models.items()}
+    rendered, behind = {}, {name: content(local_name(path)) for name, path in models.items()}
     for name, path in models.items():
         prompts = {f"benchmark {test}": source["prompts"] for test, source in sources.items()}
         settle(run / name, {"model": f"{path} ({behind[name]})", **prompts})
@@ -559,7 +562,7 @@ def main():
     # 4. The recipe that made them.
     made_by = {}  # the options of the stage that trained each checkpoint, if it lies in a run folder
     for name, path in models.items():
-        file = Path(path).parent / "options.json"
+        file = Path(local_name(path)).parent / "options.json"
         made_by[name] = json.loads(file.read_text())["options"] if file.exists() else None
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()

@@ -36,8 +36,8 @@ test: $(VENV)/ready
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec  # their builds do not match torch
 	touch $@
 
-test-vllm: .venv-vllm/ready  ## the vLLM engine on the CPU, and an endpoint, about ten minutes with its installation
-	VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_endpoint.py
+test-vllm: .venv-vllm/ready  ## the vLLM engine on the CPU, and its server, about ten minutes with its installation
+	VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_endpoint.py tests/test_server.py
 
 torture: $(VENV)/ready  ## every stage killed and interrupted at many moments, about a quarter of an hour on one core
 	$(PY) tests/torture.py --kills 68 --real 3 --report results/torture.md

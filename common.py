@@ -247,7 +247,7 @@ def open_run(options, free: tuple[str, ...] = ()) -> Path:
     record = {name: v for name, v in dataclasses.asdict(options).items() if name not in ("run", *free)}
     for value in list(record.values()):
         for item in value if isinstance(value, list) else [value]:
-            path = re.split("[=:]", str(item))[-1]
+            path = re.split("[=:]", local_name(str(item)))[-1]
             if re.search("[/.]", path) and Path(path).exists():
                 record[f"content of {path}"] = fingerprint(path)
     run.mkdir(parents=True, exist_ok=True)
@@ -561,6 +561,11 @@ def row_uniforms(seed: int, key: str, sample: int, count: int) -> torch.Tensor:
     return torch.rand(count, generator=generator)
 
 
+def request_seed(seed: int, key: str, digits: int = 8) -> int:
+    """The seed of a request to vLLM or a server, which adds 0 … n - 1 to it for its n samples."""
+    return int(hashlib.sha256(f"{seed}|{key}".encode()).hexdigest()[:digits], 16)
+
+
 class Sampling(NamedTuple):
     max_new_tokens: int
     temperature: float
@@ -585,7 +590,7 @@ class Reply(NamedTuple):
 
 
 class Sampler:
-    """What the two engines share: chats in, replies out. `generate` is each engine's own."""
+    """What the engines and the server share: chats in, replies out. `generate` is each one's own."""
 
     def replies(self, chats: list[tuple[str, list[dict]]], n: int, sampling: Sampling, **template_options):
         """Yields (index into chats, its n Replies) as they finish. `chats` are (key, messages)."""
@@ -744,11 +749,8 @@ class VllmSampler(Sampler):
             visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
             os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[processes().local_process_index]
         self.llm = LLM(model=name, enable_prefix_caching=True, logprobs_mode="processed_logprobs", **extra)
-        self.tokenizer, self.asleep, self.context = tokenizer, False, self.llm.model_config.max_model_len
-        try:
-            self.eos = end_tokens(GenerationConfig.from_pretrained(name), tokenizer)
-        except OSError:  # a folder without a generation_config.json
-            self.eos = end_tokens(None, tokenizer)
+        self.tokenizer, self.eos, self.asleep = tokenizer, end_tokens_of(name, tokenizer), False
+        self.context = self.llm.model_config.max_model_len
 
     def generate(self, requests, n, s: Sampling):
         from vllm import SamplingParams
@@ -757,8 +759,7 @@ class VllmSampler(Sampler):
         fixed |= {"max_tokens": s.max_new_tokens, "stop_token_ids": sorted(self.eos)}
         for start in range(0, len(requests), 256):  # in blocks, so that rows reach the disk as they are made
             block = requests[start : start + 256]
-            seeds = [int(hashlib.sha256(f"{s.seed}|{key}".encode()).hexdigest()[:8], 16) for key, _ in block]
-            params = [SamplingParams(seed=seed, **fixed) for seed in seeds]
+            params = [SamplingParams(seed=request_seed(s.seed, key), **fixed) for key, _ in block]
             outputs = self.llm.generate([{"prompt_token_ids": ids} for _, ids in block], params, use_tqdm=False)
             for index, output in enumerate(outputs, start):
                 samples = []
@@ -786,50 +787,46 @@ class VllmSampler(Sampler):
         self.llm.llm_engine.engine_core.shutdown()
 
 
-class Endpoint:
+class Client:
     """A model behind an OpenAI-compatible URL, named `model@https://host/v1`; its key, if it needs one, stands in the
-    environment variable OPENAI_API_KEY and nowhere else. Its template and tokenizer are the server's."""
+    environment variable OPENAI_API_KEY and nowhere else."""
+
+    at_once, seconds = 32, 600  # requests side by side; the longest wait for an answer
 
     def __init__(self, name: str):
         from openai import OpenAI, Timeout
 
         self.name = name
         self.model, _, url = name.rpartition("@")
-        key, timeout = os.environ.get("OPENAI_API_KEY") or "none", Timeout(600, connect=30)
+        key, timeout = os.environ.get("OPENAI_API_KEY") or "none", Timeout(self.seconds, connect=30)
         self.client = OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=6)  # each after a longer wait
 
-    def replies(self, chats, n: int, s: Sampling, **_):
-        """As Sampler.replies, 32 requests at a time. One that still fails after the retries ends the stage, once those
-        beside it have come back."""
+    def answers(self, create, requests: list[dict], read, wanted: str):
+        """Yields (index into requests, read(answer)) as they come; `read` gives nothing, or raises, if the answer isn't
+        what is `wanted`. A request that still fails after the retries ends the stage, once those beside it have come
+        back."""
         failed: list[BaseException] = []
 
-        def ask(key, messages):
+        def ask(request):
             if failed:
                 raise failed[0]
-            seed = int(hashlib.sha256(f"{s.seed}|{key}".encode()).hexdigest()[:7], 16)
-            fixed = {"model": self.model, "n": n, "temperature": s.temperature, "top_p": s.top_p, "seed": seed}
-            fixed |= {"messages": messages, "max_completion_tokens": s.max_new_tokens}
-            for attempt in range(3):  # the client repeats what fails; this, what succeeds and is no chat completion
+            for attempt in range(3):  # the client repeats what fails; this, what succeeds and is not what is wanted
                 time.sleep(attempt)
-                body = self.client.chat.completions.with_raw_response.create(**fixed).text
+                body = create(**request).text
                 with suppress(ValueError, LookupError, TypeError, AttributeError):
-                    done = json.loads(body)
-                    used = done.get("usage") or {}  # some servers count no tokens
-                    read, written = (used.get(k) or 0 for k in ("prompt_tokens", "completion_tokens"))
-                    found = [((c["message"].get("content") or "").strip(), c["finish_reason"]) for c in done["choices"]]
-                    if len(found) == n:
-                        texts = [text.encode("utf-8", "replace").decode() for text, _ in found]  # halves of surrogates
-                        return [Reply(t, False, read, written // n, f, None) for t, (_, f) in zip(texts, found)]
-            raise ValueError(f"no chat completion with {n} choices, but {body[:120]!r}")
+                    if found := read(json.loads(body)):
+                        return found
+            raise ValueError(f"no {wanted}, but {body[:120]!r}")
 
-        pool = ThreadPoolExecutor(32)
+        pool = ThreadPoolExecutor(self.at_once)
         try:
-            jobs = {pool.submit(ask, *chat): index for index, chat in enumerate(chats)}
+            jobs = {pool.submit(ask, request): index for index, request in enumerate(requests)}
             for job in as_completed(jobs):
-                if error := job.exception():  # the client, the network, and answers that are no chat completion
+                index = jobs.pop(job)  # and with it the answer's memory
+                if error := job.exception():  # the client, the network, and answers that are not what is wanted
                     failed.append(error)
                 else:
-                    yield jobs[job], job.result()
+                    yield index, job.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         if failed:
@@ -841,10 +838,66 @@ class Endpoint:
         self.client.close()
 
 
-def open_sampler(name: str, options: StageOptions):
-    """The engine of `options` with the model loaded, or the endpoint; close() it before the next one."""
+class Endpoint(Client):
+    """Chats in, texts out, as any endpoint can; template and tokenizer are the server's."""
+
+    def replies(self, chats, n: int, s: Sampling, **_):
+        """As Sampler.replies."""
+        fixed = {"model": self.model, "n": n, "temperature": s.temperature, "top_p": s.top_p}
+        fixed |= {"max_completion_tokens": s.max_new_tokens}
+        requests = [{**fixed, "seed": request_seed(s.seed, key, 7), "messages": messages} for key, messages in chats]
+
+        def read(done):
+            used = done.get("usage") or {}  # some servers count no tokens
+            sent, written = (used.get(k) or 0 for k in ("prompt_tokens", "completion_tokens"))
+            found = [((c["message"].get("content") or "").strip(), c["finish_reason"]) for c in done["choices"]]
+            if len(found) == n:
+                texts = [text.encode("utf-8", "replace").decode() for text, _ in found]  # halves of surrogates
+                return [Reply(t, False, sent, written // n, f, None) for t, (_, f) in zip(texts, found)]
+
+        create = self.client.chat.completions.with_raw_response.create
+        return self.answers(create, requests, read, f"chat completion with {n} choices")
+
+
+class ServerSampler(Client, Sampler):
+    """The same interface over a running `vllm serve`, named `model@http://host:8000/v1`, which has engines on as many
+    machines as it likes. Token ids go there and come back: template and end tokens are those of the folder or hub id
+    here. Log-probs are VllmSampler's if the server was started with `--logprobs-mode processed_logprobs`; without it,
+    they are those at temperature 1."""
+
+    at_once, seconds = 256, 7200  # enough for several engines; a long answer may have to wait for its turn
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.tokenizer = load_tokenizer(self.model)
+        self.eos = end_tokens_of(self.model, self.tokenizer)
+
+    def generate(self, requests, n, s: Sampling):
+        fixed = {"model": self.model, "n": n, "temperature": s.temperature, "top_p": s.top_p, "logprobs": 0}
+        fixed |= {"max_tokens": s.max_new_tokens, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+        more = {"top_k": s.top_k, "stop_token_ids": sorted(self.eos), "return_token_ids": True}
+        more |= {"min_p": 0.0, "repetition_penalty": 1.0}  # a penalty left out would be the model's generation config's
+        fixed |= {"extra_body": more}
+        bodies = [{**fixed, "seed": request_seed(s.seed, key), "prompt": ids} for key, ids in requests]
+
+        def read(done):
+            samples = []
+            for c in done["choices"]:
+                ids, log_probs = [*map(int, c["token_ids"])], [*map(float, c["logprobs"]["token_logprobs"])]
+                if len(ids) == len(log_probs) > 0 and c["finish_reason"] in ("stop", "length"):
+                    samples.append(Sample(ids, log_probs, c["finish_reason"]))
+            return samples if len(samples) == n else None
+
+        gives = "as `vllm serve --logprobs-mode processed_logprobs` gives"
+        wanted = f"completion with {n} choices, token ids and log-probs, {gives}"
+        return self.answers(self.client.completions.with_raw_response.create, bodies, read, wanted)
+
+
+def open_sampler(name: str, options: StageOptions, endpoint: bool = False):
+    """The engine of `options` with the model loaded, or the server that has it: one that gives token ids for a model
+    that answers, any `endpoint` for guards, judges and experts; close() it before the next one."""
     if is_endpoint(name):
-        return Endpoint(name)
+        return Endpoint(name) if endpoint else ServerSampler(name)
     tokenizer = load_tokenizer(name)
     if options.engine == "vllm":
         return VllmSampler(name, tokenizer, options.tensor_parallel)
@@ -936,7 +989,7 @@ class Judge:
         if model.endswith(".py"):
             self.rule = load_rule(model, "judge")
             return
-        self.sampler = open_sampler(model, options)
+        self.sampler = open_sampler(model, options, endpoint=True)
         if isinstance(self.sampler, Sampler) and not self.style.CHAT:  # the official text in place of a chat template
             official = "{{ bos_token or '' }}" + self.style.PROMPT + "{{ '' }}"  # Jinja would drop a last line's end
             for number, place in enumerate(("{prompt}", "{answer}")):
@@ -1019,17 +1072,28 @@ def is_endpoint(name: str) -> bool:
     return "@http" in name
 
 
-def require_model(name: str, endpoint: bool = False):
+def local_name(name: str) -> str:
+    """What lies here of a model: its folder or hub id, without the URL of a server that runs it.
+
+    >>> local_name("tiny/lrm@http://host:8000/v1"), local_name("tiny/lrm")
+    ('tiny/lrm', 'tiny/lrm')
+    """
+    return name.partition("@http")[0]
+
+
+def require_model(name: str, endpoint: bool = False, served: bool = False):
     """One clear line now rather than a traceback after an hour: is there a model of this name at all? Guards, judges
-    and experts may be endpoints."""
+    and experts may be endpoints; a model that answers may be `served`, but its tokenizer is read here."""
     if endpoint:
         name = judge_style(name)[1]
     if is_endpoint(name):
-        if not endpoint:
-            fail(f"{name} is an endpoint; what answers or is trained here is a model folder or a Hugging Face id")
+        if not (endpoint or served):
+            fail(f"{name} is an endpoint; what is trained here is a model folder or a Hugging Face id")
         if importlib.util.find_spec("openai") is None:
             fail(f"{name} needs the package openai: pip install openai")
-        return
+        if endpoint:
+            return
+        name = local_name(name)
     if name.endswith(".py") and not Path(name).exists():
         fail(f"no Python file at {name}")
     if not name.endswith(".py"):
@@ -1068,6 +1132,14 @@ def end_tokens(generation_config, tokenizer) -> set[int]:
     more = getattr(generation_config, "eos_token_id", None)
     more = [more] if isinstance(more, int) else more or []
     return {end_token(tokenizer), tokenizer.eos_token_id, *more} - {None}
+
+
+def end_tokens_of(name: str, tokenizer) -> set[int]:
+    """The same for a model that is not loaded here."""
+    try:
+        return end_tokens(GenerationConfig.from_pretrained(name), tokenizer)
+    except OSError:  # a folder without a generation_config.json
+        return end_tokens(None, tokenizer)
 
 
 class LoRALinear(nn.Module):

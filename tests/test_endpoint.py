@@ -53,8 +53,16 @@ def always(body, status=200, kind="application/json", missing=0, length=True):
     return send
 
 
+def chat_answer(request):
+    return completion(request["n"])
+
+
+def last_turn(request):
+    return request["messages"][-1]["content"]
+
+
 @contextmanager
-def serving(bad):
+def serving(bad, good=chat_answer, prompt_of=last_turn, model="m"):
     """A server with a name, and a Counter `asked` of prompts. Request k = 1, 2, … for the bad prompt is answered by
     `bad(http, k)`, the others as they should be, but not before the bad one (unless that takes half a second)."""
 
@@ -63,7 +71,7 @@ def serving(bad):
 
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            prompt = request["messages"][-1]["content"]
+            prompt = prompt_of(request)
             server.asked[prompt] += 1
             if len(server.asked) == len(ROWS):
                 server.all_under_way.set()
@@ -74,13 +82,13 @@ def serving(bad):
                 server.answered.set()
             else:
                 server.answered.wait(0.5)
-                always(completion(request["n"]))(self, 1)
+                always(good(request))(self, 1)
 
         def log_message(self, *_):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.name, server.bad, server.asked = f"m@http://127.0.0.1:{server.server_port}/v1", bad, Counter()
+    server.name, server.bad, server.asked = f"{model}@http://127.0.0.1:{server.server_port}/v1", bad, Counter()
     server.keys, server.all_under_way, server.answered = set(), threading.Event(), threading.Event()
     threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
     try:
@@ -207,9 +215,14 @@ def test_stage_02_ends_when_the_endpoint_fails_and_goes_on_when_it_is_back(tmp_p
     assert server.keys == {f"Bearer {KEY}"}
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
 @contextmanager
-def vllm_server(port: int, log, *more):
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "tiny/expert", *more]
+def vllm_server(port: int, log, model: str, *more):
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *more]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     kwargs = {"cwd": ROOT, "env": {**os.environ, "VLLM_API_KEY": KEY}, "start_new_session": True}
     with log.open("w") as out:
@@ -228,27 +241,28 @@ def vllm_server(port: int, log, *more):
         server.wait()
 
 
+def kill_at(group: int, path, lines: int):
+    """Kills a server once `path` has that many rows."""
+    while not path.exists() or path.read_text().count("\n") < lines:
+        time.sleep(0.01)
+    os.killpg(group, signal.SIGKILL)
+
+
 def test_a_killed_vllm_server_costs_no_row_and_its_critiques_are_those_of_our_loop(tmp_path):
     pytest.importorskip("vllm")
     source, run, path = tmp_path / "01", tmp_path / "02", tmp_path / "02/critiques.jsonl"
     run_stage("01_generate", "--run", source, "--limit", 160, "--n", 4)
     stage = load("02_verify_sft")
     total = len(stage.select(*stage.load_stage_01(source)))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     expert = f"tiny/expert@http://127.0.0.1:{port}/v1"
 
-    def kill_early(group):
-        while not path.exists() or path.read_text().count("\n") < total // 6:
-            time.sleep(0.01)
-        os.killpg(group, signal.SIGKILL)
-
-    with vllm_server(port, tmp_path / "log", "--max-num-seqs", "1") as group:  # one row after the other
-        threading.Thread(target=kill_early, args=[group], daemon=True).start()
+    with vllm_server(port, tmp_path / "log", "tiny/expert", "--max-num-seqs", "1") as group:  # a row after the other
+        threading.Thread(target=kill_at, args=[group, path, total // 6], daemon=True).start()
         assert "Connection error" in stage_02(run, source, expert, ok=False)
     kept = reopen_jsonl(path)
     assert total // 6 <= len(kept) < total
-    with vllm_server(port, tmp_path / "log"):
+    with vllm_server(port, tmp_path / "log", "tiny/expert"):
         stage_02(run, source, expert)
     made = reopen_jsonl(path)
     assert made[: len(kept)] == kept and len(made) == total

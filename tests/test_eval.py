@@ -251,7 +251,7 @@ class Scripted(Sampler):
 @pytest.fixture
 def judge(monkeypatch):
     def make(style, text):
-        monkeypatch.setattr("common.open_sampler", lambda *_: Scripted(text))
+        monkeypatch.setattr("common.open_sampler", lambda *_, **__: Scripted(text))
         return Judge(f"{style}:some/model", StageOptions())
 
     return make

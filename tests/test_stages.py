@@ -215,7 +215,6 @@ def one_line(done):
 BAD = {
     "no such model": (["--model", "nowhere/at-all"], "no model 'nowhere/at-all'"),
     "no such guard": (["--guard", "rules.py"], "rules.py"),
-    "an endpoint as the model": (["--model", "m@http://127.0.0.1:9/v1"], "m@http://127.0.0.1:9/v1 is an endpoint"),
     "unknown preset": (["--preset", "huge"], "unknown preset 'huge'; there are: tiny"),
     "unknown option": (["--temprature", "1"], "--temprature"),
     "bad number": (["--n", "many"], "many"),
