@@ -98,6 +98,8 @@ class Options(StageOptions):
     lora_targets: list[str] = field(default_factory=lambda: ALL_LINEAR)  # linear layers that get LoRA (our choice: all)
     # padded tokens in one forward pass; changes memory, speed and dropout's noise, nothing else
     micro_batch_tokens: int = 4096
+    # compute layers again in the backward pass, not keep them: a third more time, a fraction of the memory
+    recompute: bool = False
     save_every: int = 50  # optimizer steps between two saved training states
 
 
@@ -190,7 +192,7 @@ def train(options: Options, run: Path, examples: list[Example], tokenizer):
     add_lora(model, options.lora_rank, options.lora_alpha, options.lora_dropout, options.lora_targets, options.seed)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=options.learning_rate, weight_decay=0.0)
-    scorer, optimizer = accelerator.prepare(TokenScorer(model), optimizer)
+    scorer, optimizer = accelerator.prepare(TokenScorer(model, options.recompute), optimizer)
     model.train()
     steps = options.epochs * -(-len(examples) // options.batch_size)
     rate = partial(cosine_rate, steps=steps, peak=options.learning_rate, warmup=options.warmup)

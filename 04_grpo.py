@@ -94,6 +94,8 @@ class Options(StageOptions):
     lora_alpha: float = 32.0  # LoRA alpha
     lora_targets: list[str] = field(default_factory=lambda: ALL_LINEAR)  # linear layers that get LoRA
     micro_batch_tokens: int = 16_384  # padded tokens in one forward pass; changes memory and speed, never the result
+    # compute layers again in the backward pass, not keep them: a third more time, a fraction of the memory
+    recompute: bool = False
     save_every: int = 10  # steps between two saved training states
     # steps between two checks on --eval_prompts, and one before the first and after the last; 0 = none
     eval_every: int = 0
@@ -305,7 +307,7 @@ def main():
     judge = Judge(options.eval_judge, options) if options.eval_judge else guard
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=options.learning_rate, weight_decay=0.0)
-    scorer, optimizer = accelerator.prepare(TokenScorer(model), optimizer)
+    scorer, optimizer = accelerator.prepare(TokenScorer(model, options.recompute), optimizer)
     apart = options.engine == "vllm" or accelerator.distributed_type == DistributedType.FSDP  # needs weights of its own
     if options.engine == "vllm":
         sampler = VllmSampler(options.model, tokenizer, options.tensor_parallel, beside_trainer=True)

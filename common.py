@@ -1276,8 +1276,10 @@ class Scores(NamedTuple):
 class TokenScorer(nn.Module):
     """The trainer's forward pass, a module so that accelerate can wrap it."""
 
-    def __init__(self, model):
+    def __init__(self, model, recompute: bool = False):
         super().__init__()
+        if recompute:
+            model.gradient_checkpointing_enable()
         self.model, self._no_split_modules = model, model._no_split_modules  # FSDP shards these layers one by one
 
     def forward(self, ids, mask, temperature: float = 1.0, full_kl: bool = False, chunk: int = 0) -> Scores:
