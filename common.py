@@ -59,8 +59,12 @@ REAL = {
     "temperature": 0.6,
     "top_p": 0.95,
     "max_new_tokens": 8192,
-    "batch_tokens": 400_000,
+    "batch_tokens": 131_072,
     "micro_batch_tokens": 16_384,
+    "recompute": True,
+    "expert": "Qwen/Qwen3-32B",
+    "03": {"max_new_tokens": 16_384},
+    "04": {"temperature": 0.7},
 }
 QWEN3, R1 = {**REAL, "top_k": 20}, {**REAL, "top_k": 0}
 PRESETS = {  # one row each; an inner dictionary holds what only the stage of that number reads
