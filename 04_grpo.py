@@ -39,7 +39,7 @@ import random
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -303,8 +303,9 @@ def main():
         add_lora(model, options.lora_rank, options.lora_alpha, 0.0, options.lora_targets, options.seed)
     elif options.beta:
         reference_model = TokenScorer(load_model(options.model))
-    guard = Judge(options.guard, options)
-    judge = Judge(options.eval_judge, options) if options.eval_judge else guard
+    beside = replace(options, engine="hf")  # a second vLLM would want the memory of trainer and sampler
+    guard = Judge(options.guard, beside)
+    judge = Judge(options.eval_judge, beside) if options.eval_judge else guard
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=options.learning_rate, weight_decay=0.0)
     scorer, optimizer = accelerator.prepare(TokenScorer(model, options.recompute), optimizer)
