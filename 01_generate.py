@@ -23,8 +23,8 @@ out: <run>/responses.jsonl   one line per prompt: id, prompt, harmful, samples [
 from collections import Counter
 from dataclasses import dataclass, field
 
-from common import Judge, Sampling, SamplingOptions, answer_prompts, judge_samples, load_prompts, open_run, open_sampler
-from common import parse_options, require_model, run_stage, summary
+from common import Judge, Plan, Sampling, SamplingOptions, answer_prompts, dry_run, judge_samples, load_prompts
+from common import open_run, open_sampler, parse_options, require_model, run_stage, summary
 
 
 @dataclass
@@ -41,11 +41,18 @@ class Options(SamplingOptions):
     limit: int = 0  # take this many rows of each prompt file, drawn once with a fixed seed; 0 = all
 
 
+def costs(plan: Plan, options: Options, rows: list[dict]):
+    plan.samples("answers", options.model, len(rows), options.n, options.max_new_tokens)
+    plan.judges(options.guard, len(rows) * options.n)
+
+
 def main():
     options = parse_options(Options, __doc__)
     rows = load_prompts(options.prompts, options.limit)
     require_model(options.model, served=True)
     require_model(options.guard, endpoint=True)
+    if options.dry_run:
+        return dry_run(options, options.model, rows, costs)
     run = open_run(options)
 
     # 1. Answer. Every finished prompt is one line; a killed run goes on with the prompts that have none.

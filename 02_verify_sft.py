@@ -34,6 +34,7 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 
+from common import CRITIQUE, Plan, dry_run
 from common import ALL_LINEAR, VERDICT_LINE, Example, Sampling, StageOptions, TokenScorer, add_lora, answer_prompts
 from common import cosine_rate, fail, load_model, load_tokenizer, local_name, messages_of, micro_batches, open_run
 from common import open_sampler, own_share, pad_batch, parse_options, prompt_text, read_jsonl, render_chat
@@ -212,6 +213,12 @@ def train(options: Options, run: Path, examples: list[Example], tokenizer):
     save_checkpoint(model, tokenizer, run / "checkpoint", options.model)
 
 
+def costs(plan: Plan, options: Options, rows: list[dict]):
+    length, steps = (options.max_critique_tokens, CRITIQUE), options.epochs * -(-len(rows) // options.batch_size)
+    plan.samples("criticises", options.expert, len(rows), 1, *length)
+    plan.trains(options.model, steps, options.epochs * len(rows), *length)
+
+
 def main():
     options = parse_options(Options, __doc__)
     spec = VERIFICATION_PROMPT
@@ -227,12 +234,14 @@ def main():
     heldout = select(*load_stage_01(options.heldout)) if options.heldout else []
     if not selected:
         fail(f"{options.responses} has no prompt with safe and unsafe answers and no benign one: nothing to verify")
-    run = open_run(options)
     for row in selected + heldout:
         row["prompt"] = verification_prompt(spec, row["request"], row["answer"])
     test = [{"id": r["id"], "prompt": r["prompt"], "harmful": r["harmful"], "verdict": r["label"]} for r in heldout]
     if options.target == "answer":
         selected = [{**row, "prompt": row["request"]} for row in selected]
+    if options.dry_run:
+        return dry_run(options, options.model, selected, costs)
+    run = open_run(options)
 
     # 1. The expert reads S, the prompt and the answer (not the thinking) and writes critique and verdict.
     sampler = open_sampler(options.expert, options, endpoint=True)

@@ -36,9 +36,9 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 
-from common import Example, Judge, Sampling, SamplingOptions, TokenScorer, add_lora, answer_prompts, cosine_rate, fail
-from common import judge_samples, load_model, load_prompts, load_tokenizer, messages_of, micro_batches, open_run
-from common import open_sampler, own_share, pad_batch, parse_options, read_jsonl, render_chat, require_model
+from common import Example, Judge, Plan, Sampling, SamplingOptions, TokenScorer, add_lora, answer_prompts, cosine_rate
+from common import dry_run, fail, judge_samples, load_model, load_prompts, load_tokenizer, messages_of, micro_batches
+from common import open_run, open_sampler, own_share, pad_batch, parse_options, read_jsonl, render_chat, require_model
 from common import response_ids, run_stage, save_checkpoint, show_example, summary, training_steps, write_atomic
 from common import write_jsonl
 
@@ -240,6 +240,15 @@ def train(options: Options, run: Path, examples: list[Example], by_kl: list[bool
     accelerator.wait_for_everyone()
 
 
+def costs(plan: Plan, options: Options, rows: list[dict]):
+    n = 5 if options.steering[0] == "none" else 1
+    by_kl = sum(not row["harmful"] for row in rows) / len(rows) if options.benign_loss == "kl" else 0
+    steps = options.epochs * -(-len(rows) // options.batch_size)
+    plan.samples("answers", options.generator or options.model, len(rows), n, options.max_new_tokens)
+    plan.judges(options.guard, len(rows) * n * (1 if options.faithful else 2))
+    plan.trains(options.model, steps, options.epochs * len(rows), options.max_new_tokens, more=2 * by_kl)
+
+
 def main():
     options = parse_options(Options, __doc__)
     rows = load_prompts(options.prompts + options.boundary, options.limit)
@@ -254,6 +263,10 @@ def main():
     require_model(options.model)
     require_model(options.generator or options.model, served=True)
     require_model(options.guard, endpoint=True)
+    if options.dry_run:
+        first = STEERING[options.steering[0]]
+        asked = [{**row, "prompt": steer(row["prompt"], first)} if row["harmful"] else row for row in rows]
+        return dry_run(options, options.generator or options.model, asked, costs)
     run = open_run(options)
 
     # 1. Steer, sample and filter.

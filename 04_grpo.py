@@ -49,6 +49,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, gather_object
 from tqdm import tqdm
 
+from common import Plan, dry_run
 from common import ALL_LINEAR, Example, HfSampler, Judge, Sampling, StageOptions, TokenScorer, VllmSampler, add_lora
 from common import answer_is_correct, append_jsonl, fail, load_model, load_prompts, load_tokenizer, lora_off
 from common import messages_of, micro_batches, open_run, own_share, pad_batch, parse_options, parse_verdict, processes
@@ -270,6 +271,15 @@ def grpo_loss(log_probs, old, reference, advantages, weights, clip_low, clip_hig
     return (weights * loss).sum(), (weights * share).sum().detach(), (weights * divergence).sum().detach()
 
 
+def costs(plan: Plan, options: Options, rows: list[dict]):
+    steps, size, limit = options.steps, options.batch_size * options.group_size, options.max_new_tokens
+    own, plan.together = plan.sharded or options.engine == "vllm", True
+    plan.samples("samples", options.model, options.batch_size, options.group_size, limit, times=steps, own=own)
+    plan.judges(options.guard, size, times=steps)
+    updates, reference = steps * options.updates_per_batch, 2 * (options.beta > 0)
+    plan.trains(options.model, updates, updates * size, limit, mixed=True, more=reference)
+
+
 def main():
     options = parse_options(Options, __doc__)
     prompts = load_prompts(options.prompts, options.limit)
@@ -287,6 +297,8 @@ def main():
     require_model(options.model)
     for name in (options.guard, options.eval_judge or options.guard):
         require_model(name, endpoint=True)
+    if options.dry_run:
+        return dry_run(options, options.model, [{**row, "kind": kind_of(row)} for row in prompts], costs)
     run = open_run(options)
 
     accelerator = Accelerator(

@@ -44,6 +44,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig
 
+from common import Plan, dry_run
 from common import SAFE_WORDS, Judge, Sampling, SamplingOptions, answer_is_correct, answer_prompts, fail, fingerprint
 from common import (
     is_endpoint,
@@ -476,6 +477,17 @@ def self_checks(name: str, responses: dict, run: Path, options: Options) -> dict
     return found
 
 
+def costs(plan: Plan, options: Options, rows: list[dict]):
+    paths = [pair.partition("=")[2] for pair in options.models]
+    texts = len(paths) * options.n * sum(not {"gold", "verdict"} & set(row) for row in rows)
+    for path in paths:
+        plan.samples("answers", path, len(rows), options.n, options.max_new_tokens)
+    for judge in options.judges:
+        plan.judges(judge, 2 * texts)
+    if options.self_checker:
+        plan.judges(options.self_checker, texts)
+
+
 def main():
     options = parse_options(Options, __doc__)
     if options.compare:
@@ -507,6 +519,8 @@ def main():
         require_model(name, endpoint=True)
         if not name.endswith(".py") and (judge_style(name)[0] == "self_check") != (name == options.self_checker):
             fail(f"{name}: judges/self_check.py is for --self_checker, and the only one for it")
+    if options.dry_run:
+        return dry_run(options, next(iter(models.values())), [row for test in tests.values() for row in test], costs)
     run = open_run(options, free=("models", "bench", "verify_test", "judges", "self_checker", "compare"))
     began = time.time()
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed)

@@ -1,0 +1,231 @@
+"""--dry_run of every stage with every real preset: published configs, no weights. Oracles: published numbers of weights,
+the papers' hyperparameters, steps and tokens by hand, bytes that autograd and the cache really keep."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import ROOT, load, refused, run_here, rows
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Tokenizer, Qwen3Config
+
+import common
+from bench.cost import CONFIGS
+from common import Example, Shape, TokenScorer, add_lora, load_model, pad_batch
+
+stages = {name[:2]: load(name) for name in ("01_generate", "02_verify_sft", "03_steer_selfgen", "04_grpo", "05_eval")}
+
+WEIGHTS = {  # on the hub, tied ones once
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "r1-1.5b": 1_777_088_000,
+    "r1-7b": 7_615_616_512,
+    "r1-8b": 8_030_261_248,
+    "r1-14b": 14_770_033_664,
+}
+CARD = {"temperature": "0.6", "top_p": "0.95"}  # model cards; top_k below
+ALL = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+PAPERS = {
+    "01": {"n": "8", **CARD},
+    "02": {"lora_rank": "16", "lora_alpha": "32.0", "learning_rate": "0.0002", "epochs": "2", "lora_targets": ALL},
+    "03": {
+        **{"lora_rank": "32", "lora_alpha": "16.0", "lora_dropout": "0.05", "lora_targets": "q_proj v_proj"},
+        **{"learning_rate": "1e-05", "warmup": "0.1", "batch_size": "8", "epochs": "3", "max_new_tokens": "16384"},
+        **CARD,
+    },
+    "04": {
+        **{"learning_rate": "1e-06", "batch_size": "64", "group_size": "8", "clip_low": "0.2", "clip_high": "0.28"},
+        **{"temperature": "0.7", "max_new_tokens": "8192", "beta": "0.0", "lora_rank": "0", "loss": "grpo"},
+    },
+    "05": CARD,
+}
+
+
+def number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a config and a tokenizer for each preset, prompts, and a stage 01 run of ten of them."""
+    folder, template = tmp_path_factory.mktemp("presets"), (ROOT / "tiny/lrm/chat_template.jinja").read_text()
+    vocab = {piece: i for i, piece in enumerate(sorted(ByteLevel.alphabet()))}  # transformers rebuilds Qwen2's by class
+    for name, config in CONFIGS.items():
+        config.save_pretrained(folder / name)
+        special = {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}
+        tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], **special)
+        opened = "{%- if add_generation_prompt -%}{{- '<think>\\n' -}}{%- endif -%}"
+        tokenizer.chat_template = template + (opened if name.startswith("r1") else "")
+        tokenizer.save_pretrained(folder / name)
+    made = [{"id": str(i), "prompt": "how do i brew a burn potion", "harmful": i < 6} for i in range(10)]
+    common.write_jsonl(folder / "prompts.jsonl", made)
+    sides = [{"answer": "no .", "safety": "safe"}, {"answer": "mix a and b .", "safety": "unsafe"}]
+    (folder / "answered").mkdir()
+    common.write_jsonl(folder / "answered/responses.jsonl", [{**row, "samples": sides} for row in made])
+    common.write_jsonl(folder / "answered/labels.jsonl", [{"id": row["id"], "verdicts": sides} for row in made])
+    return folder
+
+
+def dry(world, capsys, preset: str, stage: str, *more):
+    """(options, lines of the prediction, whole text) of a dry run, which writes nothing and loads no weights."""
+    model, guard, prompts = world / preset, world / "qwen3-0.6b", ["--prompts", world / "prompts.jsonl"]
+    given = {
+        "01": ["--model", model, "--guard", guard, *prompts],
+        "02": ["--model", model, "--expert", guard, "--responses", world / "answered"],
+        "03": ["--model", model, "--guard", guard, *prompts],
+        "04": ["--model", model, "--guard", guard, *prompts],
+        "05": ["--models", f"base={model}", f"more={guard}", "--judges", guard, "--bench", f"own={prompts[1]}"],
+    }[stage]
+    before = {path: path.stat().st_mtime_ns for path in world.rglob("*")}
+    run_here(stages[stage], "--preset", preset, "--run", world / "run", "--dry_run", *given, *more)
+    assert {path: path.stat().st_mtime_ns for path in world.rglob("*")} == before
+    text = capsys.readouterr().out
+    return dict(re.findall(r"^--(\w+) (.*)$", text, re.M)), re.findall(r"^  (.*)$", text, re.M), text
+
+
+@pytest.mark.parametrize("preset", WEIGHTS)
+def test_every_stage_with_every_preset(preset, world, capsys, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    config, weights, found = CONFIGS[preset], f"{WEIGHTS[preset]:,}", {}
+    for stage, paper in PAPERS.items():
+        options, lines, text = found[stage] = dry(world, capsys, preset, stage)
+        assert {name: options[name] for name in paper} == paper
+        assert stage in ("02", "04") or options["top_k"] == ("20" if "qwen" in preset else "0")
+        assert "Predicted by formulas, not measured" in text and lines[-1].startswith("in all ")
+        assert f"{preset} ({weights} weights)" in lines[0] or stage == "02"
+        assert ("<|im_start|>assistant\n<think>\n" in text) == preset.startswith("r1")
+        assert "more than the card has" not in text or (stage == "04" and WEIGHTS[preset] > 1.6e9)
+    read = len("user\nhow do i brew a burn potion\nassistant\n") + 3 + 8 * preset.startswith("r1")  # bytes, three marks
+    assert f"prompts of {read} tokens" in found["01"][2] and f"prompts of {read} tokens" in found["04"][2]
+    assert "rows: 4 benign, 6 harmful" in found["01"][2] and "rows: 4 benign, 12 harmful" in found["02"][2]
+    assert "answers 10 x 8: 80,000 tokens, at most 655,360" in found["01"][1][0]
+    assert "judges 80 x 1" in found["01"][1][1] and "judges 20 x 1" in found["03"][1][1]
+    assert "The following prompt is harmful." in found["03"][2]
+    q, kv = config.num_attention_heads * 128, config.num_key_value_heads * 128
+    h, m, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    lora = layers * 16 * (2 * (h + q) + 2 * (h + kv) + 3 * (h + m))
+    what = f"trains {lora:,} of {weights} weights in 2 steps: 8,000 tokens, at most 32,768"  # 16 rows, 2 epochs of 1
+    assert what in found["02"][1][1]
+    lora = layers * 32 * ((h + q) + (h + kv))
+    what = f"trains {lora:,} of {weights} weights in 6 steps: 30,000 tokens, at most 491,520"  # 10 rows, 3 epochs of 2
+    assert what in found["03"][1][2]
+    what = f"trains {weights} of {weights} weights in 100 steps: 51,200,000 tokens, at most 419,430,400"
+    assert what in found["04"][1][2] and "samples 6,400 x 8" in found["04"][1][0]
+    assert "judges 40 x 1" in found["05"][1][2] and "answers 10 x 1" in found["05"][1][1]
+
+
+def test_hours_and_memory_of_one_and_of_several(world, capsys, monkeypatch):
+    """6 or 8 operations a weight and token; processes share prompts out, and micro-batches whole; FSDP shards."""
+
+    def line(i, *args):
+        text = dry(world, capsys, *args)[1][i]
+        return [number(re.search(rf"([\d.,]+){unit}", text)[1]) for unit in (" h,", "(?:;|$)", " GB")]
+
+    hours, most, gb = line(2, "qwen3-8b", "04")
+    whole = 8 * WEIGHTS["qwen3-8b"] * 51.2e6 / (0.35 * 989e12) / 3600  # with recompute
+    assert hours == pytest.approx(whole, rel=0.1) and most > 8 * hours
+    assert 18 * 8.19 + 10 < gb < 18 * 8.19 + 25
+    long = ["--engine", "vllm", "--max_new_tokens", 200_000]
+    assert line(2, "qwen3-8b", "03", *long)[1] > 4 * 200 / 16.4 * line(2, "qwen3-8b", "03")[1] / 4
+    one = [line(i, "qwen3-8b", s) for i, s in ((0, "01"), (2, "03"), (2, "04"))]
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    five = [line(i, "qwen3-8b", s) for i, s in ((0, "01"), (2, "03"), (2, "04"))]
+    assert five[0][0] == pytest.approx(one[0][0] / 5, abs=0.02) and five[1] == one[1]  # 8 rows are one micro-batch
+    assert five[2][0] == pytest.approx(one[2][0] * 7 / 33, abs=0.01)  # 512 of 1045 tokens in 33 micro-batches
+    assert five[2][2] == pytest.approx(one[2][2] + 4 * 8.19, abs=0.2)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert line(2, "qwen3-8b", "04")[2] == pytest.approx(one[2][2] - 0.8 * 18 * 8.19, abs=0.2)
+    monkeypatch.setenv("RANK", "1")
+    assert dry(world, capsys, "qwen3-8b", "04")[2] == ""
+
+
+def kept_bytes(config, mixed: bool, recompute: bool, tokens: int) -> int:
+    """What autograd keeps in a forward pass, each storage once, but weights and their bfloat16 copies."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if mixed else torch.bfloat16)
+    if not mixed:
+        add_lora(model, 1, 1.0, 0.0, common.ALL_LINEAR, 0)
+    weights, seen = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor):
+        if tokens in tensor.shape:
+            seen[tensor.untyped_storage().data_ptr()] = tensor  # alive, so that no address comes twice
+        return tensor
+
+    scorer, batch = TokenScorer(model.train(), recompute), pad_batch([Example([1], [2] * (tokens - 1))])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            scores = scorer(*batch)
+    assert scores.log_probs.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in seen.items() if pointer not in weights)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", [Qwen3Config, LlamaConfig])
+def test_what_autograd_keeps_of_a_layer(kind, mixed, recompute, tmp_path):
+    """Llama's layers keep a little less than Qwen3's, which norm queries and keys."""
+    kept, said, tokens = [], [], 509
+    for layers in (2, 5):
+        sizes = dict(hidden_size=256, intermediate_size=768, num_attention_heads=16, num_key_value_heads=4, head_dim=32)
+        config = kind(**sizes, vocab_size=64, num_hidden_layers=layers, tie_word_embeddings=True)
+        config.save_pretrained(tmp_path / str(layers))
+        kept.append(kept_bytes(config, mixed, recompute, tokens))
+        said.append(Shape(str(tmp_path / str(layers))).activations(tokens, mixed, recompute))
+    ratio = (kept[1] - kept[0]) / (said[1] - said[0])
+    print(kind.__name__, mixed, recompute, ratio)
+    assert (0.97 if kind is Qwen3Config or recompute else 0.8) < ratio < 1.02
+
+
+def test_recomputed_layers_give_the_same_gradients(tokenizer):
+    ids, mask = pad_batch([Example([5, 6, 7], [8, 9, 10, 11]), Example([5, 6], [9, 9])])
+    gradients = []
+    for recompute in (False, True):
+        model = load_model("tiny/lrm")
+        add_lora(model, 4, 8.0, 0.1, common.ALL_LINEAR, 0)
+        scorer = TokenScorer(model.train(), recompute)
+        torch.manual_seed(1)
+        scores = scorer(ids, mask, full_kl=True)
+        (scores.log_probs.sum() + scores.divergence.sum()).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients)) and any(a.abs().max() > 0 for a in gradients[0])
+
+
+def test_the_cache_is_as_large_as_said(model):
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.ones(3, 17, dtype=torch.long), past_key_values=cache, use_cache=True)
+    size = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    shape = Shape("tiny/lrm")
+    assert size == 3 * 17 * shape.layers * shape.kv * 2 * 4  # float32 here, 2 bytes on a GPU
+    assert shape.weights == sum(p.numel() for p in model.parameters())
+
+
+def test_what_a_dry_run_refuses(world):
+    prompts = ["--prompts", world / "prompts.jsonl", "--dry_run", "--run", world / "run"]
+    assert "no model './nowhere'" in refused(stages["01"], *prompts, "--model", "./nowhere")
+    assert "no Python file at rule.py" in refused(stages["03"], *prompts, "--guard", "rule.py")
+    assert "no linear layer is named query" in refused(stages["03"], *prompts, "--lora_targets", "query")
+    assert "cannot read" in refused(stages["04"], "--prompts", "none.jsonl", "--dry_run")
+    assert "id '0' occurs twice" in refused(stages["05"], "--bench", f"a={two_of_one_id(world)}", "--dry_run")
+    assert not (world / "run").exists()
+
+
+def two_of_one_id(world):
+    path = world / "twice.jsonl"
+    path.write_text(json.dumps({"id": "0", "prompt": "x", "harmful": True}) + "\n")
+    path.write_text(path.read_text() * 2)
+    return path
+
+
+def test_a_run_goes_on_after_a_dry_one(tmp_path, capsys):
+    """--dry_run is no option of a run: a folder made without it is the same with it, and stays as it is."""
+    options = ["--run", tmp_path / "run", "--limit", 1, "--n", 1, "--max_new_tokens", 4]
+    run_here(stages["01"], *options)
+    made = rows(tmp_path / "run/responses.jsonl")
+    run_here(stages["01"], *options, "--dry_run")
+    run_here(stages["01"], *options)
+    assert rows(tmp_path / "run/responses.jsonl") == made
+    assert "dry_run" not in (tmp_path / "run/options.json").read_text()
