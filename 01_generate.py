@@ -23,7 +23,8 @@ out: <run>/responses.jsonl   one line per prompt: id, prompt, harmful, samples [
 from collections import Counter
 from dataclasses import dataclass, field
 
-from common import Judge, Plan, Sampling, SamplingOptions, answer_prompts, dry_run, judge_samples, load_prompts
+from bench.plan import Plan, dry_run
+from common import Judge, Sampling, SamplingOptions, answer_prompts, judge_samples, load_prompts
 from common import open_run, open_sampler, parse_options, require_model, run_stage, summary
 
 

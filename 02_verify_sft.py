@@ -34,7 +34,7 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 
-from common import CRITIQUE, Plan, dry_run
+from bench.plan import CRITIQUE, Plan, dry_run
 from common import ALL_LINEAR, VERDICT_LINE, Example, Sampling, StageOptions, TokenScorer, add_lora, answer_prompts
 from common import cosine_rate, fail, load_model, load_tokenizer, local_name, messages_of, micro_batches, open_run
 from common import open_sampler, own_share, pad_batch, parse_options, prompt_text, read_jsonl, render_chat

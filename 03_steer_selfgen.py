@@ -36,8 +36,9 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 
-from common import Example, Judge, Plan, Sampling, SamplingOptions, TokenScorer, add_lora, answer_prompts, cosine_rate
-from common import dry_run, fail, judge_samples, load_model, load_prompts, load_tokenizer, messages_of, micro_batches
+from bench.plan import Plan, dry_run
+from common import Example, Judge, Sampling, SamplingOptions, TokenScorer, add_lora, answer_prompts, cosine_rate
+from common import fail, judge_samples, load_model, load_prompts, load_tokenizer, messages_of, micro_batches
 from common import open_run, open_sampler, own_share, pad_batch, parse_options, read_jsonl, render_chat, require_model
 from common import response_ids, run_stage, save_checkpoint, show_example, summary, training_steps, write_atomic
 from common import write_jsonl

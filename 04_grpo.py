@@ -49,7 +49,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, gather_object
 from tqdm import tqdm
 
-from common import Plan, dry_run
+from bench.plan import Plan, dry_run
 from common import ALL_LINEAR, Example, HfSampler, Judge, Sampling, StageOptions, TokenScorer, VllmSampler, add_lora
 from common import answer_is_correct, append_jsonl, fail, load_model, load_prompts, load_tokenizer, lora_off
 from common import messages_of, micro_batches, open_run, own_share, pad_batch, parse_options, parse_verdict, processes

@@ -44,21 +44,11 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig
 
-from common import Plan, dry_run
-from common import SAFE_WORDS, Judge, Sampling, SamplingOptions, answer_is_correct, answer_prompts, fail, fingerprint
-from common import (
-    is_endpoint,
-    judge_samples,
-    judge_style,
-    load_rule,
-    local_name,
-    messages_of,
-    open_run,
-    open_sampler,
-    parse_options,
-)
-from common import parse_verdict, processes, prompt_rows, read_source, render_chat, require_model, run_stage, summary
-from common import write_atomic
+from bench.plan import Plan, dry_run
+from common import SAFE_WORDS, Judge, Sampling, SamplingOptions, answer_is_correct, answer_prompts, fail
+from common import fingerprint, is_endpoint, judge_samples, judge_style, load_rule, local_name, messages_of
+from common import open_run, open_sampler, parse_options, parse_verdict, processes, prompt_rows, read_source
+from common import render_chat, require_model, run_stage, summary, write_atomic
 
 
 # The benchmarks -------------------------------------------------------------------------------------------------------

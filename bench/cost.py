@@ -2,8 +2,8 @@
 
     python bench/cost.py --runs runs/demo     # after `make demo`; writes results/bench/cost.md
 
-The figures are those of `--dry_run`, at the papers' sizes; common.py has the formulas and what they assume. With this
-machine's measured peak and bandwidth they are also held against the demo's measured times.
+The figures are those of `--dry_run`, at the papers' sizes; bench/plan.py has the formulas and what they assume. They
+are also held against the demo's measured times, with this machine's measured peak and bandwidth.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import ANSWER, CRITIQUE, H100, RESPONSE, SHARE, UTILISATION, Card, Plan, Shape  # noqa: E402
+from bench.plan import ANSWER, CRITIQUE, H100, RESPONSE, SHARE, UTILISATION, Card, Plan, Shape  # noqa: E402
 from common import parse_options, read_jsonl  # noqa: E402
 
 # From each model's config.json on the hub; heads are 128 wide

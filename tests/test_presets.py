@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2T
 
 import common
 from bench.cost import CONFIGS
-from common import Example, Shape, TokenScorer, add_lora, load_model, pad_batch
+from bench.plan import Shape
+from common import Example, TokenScorer, add_lora, load_model, pad_batch
 
 stages = {name[:2]: load(name) for name in ("01_generate", "02_verify_sft", "03_steer_selfgen", "04_grpo", "05_eval")}
 

@@ -159,7 +159,11 @@ def test_05_records_and_guards_the_folder_behind_the_server(our_server, tmp_path
     assert "holds responses of model" in refused(evaluate, *options)
 
 
-SERVED, NOWHERE, TRAINED = f"tiny/lrm@http://{HERE}", f"runs/no/where@http://{HERE}", "is an endpoint; what is trained here"
+SERVED, NOWHERE, TRAINED = (
+    f"tiny/lrm@http://{HERE}",
+    f"runs/no/where@http://{HERE}",
+    "is an endpoint; what is trained here",
+)
 REFUSED = {
     "02, to be trained": ("02_verify_sft", ["--model", SERVED], TRAINED),
     "03, to be trained": ("03_steer_selfgen", ["--model", SERVED], TRAINED),
