@@ -108,6 +108,15 @@ def test_readme_quotes_the_lines_that_compute_its_equations():
         assert line in (ROOT / file).read_text(), (file, line)
 
 
+def test_readme_quotes_speed_and_cost():
+    text = (ROOT / "README.md").read_text()
+    speed, cost = ((ROOT / f"results/bench/{name}.md").read_text() for name in ("speed", "cost"))
+    quoted = [*speed.split("\n"), *cost.split("## One 80 GB card\n")[1].split("\n## ")[0].split("\n")]
+    quoted = [line for line in quoted if line.startswith("|") and not line.startswith(("| vocabulary", "|---"))]
+    heads = [line for line in quoted if re.match(r"\| \d+ \| \d+ \|", line)]  # in the figures instead
+    assert len(quoted) > 40 and [line for line in quoted if line not in heads and line not in text] == []
+
+
 def test_readme_forks_with_the_reward_that_was_run():
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
     assert code.strip() in (ROOT / "bench/fork.py").read_text()
