@@ -51,7 +51,7 @@ results: demo  ## what README shows
 	cp $(RUNS)/05_eval/results.json $(RUNS)/05_eval/results.md $(RUNS)/05_eval/*.png results/demo/
 	for run in 01_generate 02_verify_sft 03_steer_selfgen; do cp $(RUNS)/$$run/summary.txt results/demo/$$run.txt; done
 
-claims: $(VENV)/ready  ## both papers' claims over five seeds, about two and a half hours on one core
+claims: $(VENV)/ready  ## every claim of both papers over five seeds, about an hour and a half on two cores
 	$(PY) bench/claims.py sinternal
 	$(PY) bench/claims.py thinksafe
 	$(PY) bench/curves.py

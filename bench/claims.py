@@ -4,22 +4,25 @@
     python bench/claims.py thinksafe     # what stage 03 trains on: about 6 minutes a seed on one core
     python bench/curves.py               # then, where GRPO gets from each of them
 
-Per seed: each variant of the stage, then stage 05 over all of them, judged by the gold rule. The same command goes on
-where it stopped. Writes results/claims/<table>.json and .md: mean over seeds and its 95 % t-interval.
+Per seed: each variant of the stage, then stage 05 over all of them, judged by the gold rule; two seeds at a time. The
+same command goes on where it stopped. Writes results/claims/<table>.json and .md: mean over seeds and its 95 %
+t-interval.
 """
 
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import read_jsonl  # noqa: E402
+from common import fail, read_jsonl, run_stage  # noqa: E402
 from tiny.gold import self_check  # noqa: E402
 
 SINTERNAL = {  # name in the table -> options of stage 02
@@ -44,13 +47,20 @@ T975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for a 95 % inter
 
 
 def stage(script: str, run: Path, *options):
-    """Runs a stage unless its summary says that it has finished; its wall time goes into the run folder."""
+    """Runs a stage on one core unless its summary says that it has finished."""
     if not (ROOT / run / "summary.txt").exists():
         command = [sys.executable, script, "--run", str(run), *map(str, options)]
         print(" ".join(command[1:]), flush=True)
-        began = time.time()
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        (ROOT / run / "seconds.txt").write_text(f"{time.time() - began:.1f}\n")
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        if done.returncode:
+            fail(f"{script} --run {run}: {(done.stderr.splitlines() or ['killed'])[-1]}")
+
+
+def over_seeds(run_seed, seeds: int, jobs: int) -> list:
+    """[run_seed(0), run_seed(1), …], `jobs` of them at a time."""
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(run_seed, range(seeds)))
 
 
 def mean_interval(values: list[float]) -> dict:
@@ -100,16 +110,23 @@ def measured(evaluation: Path, name: str, trained: Path | None) -> dict[str, flo
         found |= {"verify F1 ↑": rows["verify_f1", "verify"], **checks(evaluation / name)}
     else:
         found["ASR + over-refusal ↓"] = sum(asr) / 2 + 1 - sum(compliance) / 2
-    rows_used, perplexity, shift, seconds = math.nan, math.nan, math.nan, math.nan
+    rows_used, perplexity, shift = math.nan, math.nan, math.nan
     if trained:
         rows_used = len(read_jsonl(trained / "train.jsonl"))
-        seconds = float((trained / "seconds.txt").read_text())
     if trained and (trained / "trained.json").exists():
         perplexity, shift = json.loads((trained / "trained.json").read_text()).values()
     found["rows"] = rows_used
     if ("verify_f1", "verify") not in rows:
-        found |= {"perplexity of the data": perplexity, "KL to base": shift, "seconds": seconds}
+        found |= {"perplexity of the data": perplexity, "KL to base": shift}
     return {heading: round(value, 4) for heading, value in found.items()}
+
+
+def prepare(runs: Path):
+    """What every seed of the sinternal table needs: held-out answers to verify, and the other model."""
+    stage("01_generate.py", runs / "heldout", "--prompts", "tiny/prompts/test_plain.jsonl", "--guard", "tiny/gold.py")
+    if not (ROOT / runs / "other/config.json").exists():
+        command = [sys.executable, "tiny/build.py", "--only", "other", "--out", str(runs)]
+        subprocess.run(command, cwd=ROOT, check=True)
 
 
 def run_seed(table: str, runs: Path, seed: int) -> dict[str, tuple[Path, Path | None]]:
@@ -118,17 +135,12 @@ def run_seed(table: str, runs: Path, seed: int) -> dict[str, tuple[Path, Path | 
     test = ["--seed", seed, "--judges", "tiny/gold.py"]
     if table == "sinternal":
         names = SINTERNAL
-        heldout, other = runs / "heldout", runs / "other"
-        stage("01_generate.py", heldout, "--prompts", "tiny/prompts/test_plain.jsonl", "--guard", "tiny/gold.py")
-        if not (ROOT / other / "config.json").exists():
-            command = [sys.executable, "tiny/build.py", "--only", "other", "--out", str(runs)]
-            subprocess.run(command, cwd=ROOT, check=True)
         stage("01_generate.py", folder / "01", "--seed", seed)
         stage("01_generate.py", folder / "01-half", "--seed", seed, "--limit", 242)
-        stage("01_generate.py", folder / "01-other", "--seed", seed, "--model", other)
+        stage("01_generate.py", folder / "01-other", "--seed", seed, "--model", runs / "other")
         for name, extra in {**SINTERNAL, HALF: []}.items():
             responses = folder / {"other-answers": "01-other", HALF: "01-half"}.get(name, "01")
-            shared = ["--seed", seed, "--responses", responses, "--heldout", heldout]
+            shared = ["--seed", seed, "--responses", responses, "--heldout", runs / "heldout"]
             stage("02_verify_sft.py", folder / name, *shared, *extra)
         test += ["--verify_test", folder / "verification/verify_test.jsonl"]
         stage("05_eval.py", folder / "05-half", "--models", f"{HALF}={folder / HALF}/checkpoint", *test)
@@ -146,20 +158,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=("sinternal", "thinksafe"))
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, 6), help="how many seeds, from 0")
+    parser.add_argument("--jobs", type=int, default=2, choices=range(1, 6), help="seeds at a time, each on one core")
     parser.add_argument("--runs", type=Path, default=Path("runs/claims"), help="where the run folders go")
     options = parser.parse_args()
+    if options.table == "sinternal":
+        prepare(options.runs)
     found: dict[str, dict[str, list[float]]] = {}
-    for seed in range(options.seeds):
-        for name, (evaluation, trained) in run_seed(options.table, options.runs, seed).items():
+    for models in over_seeds(partial(run_seed, options.table, options.runs), options.seeds, options.jobs):
+        for name, (evaluation, trained) in models.items():
             for heading, value in measured(evaluation, name, trained).items():
                 found.setdefault(name, {}).setdefault(heading, []).append(value)
     table = {n: {h: mean_interval(v) for h, v in columns.items()} for n, columns in found.items()}
     headings = list(table["base"])
     lines = ["| trained on | " + " | ".join(headings) + " |", "|---" * (len(headings) + 1) + "|"]
     for name, columns in table.items():
-        digits = {"rows": 0, "seconds": 0}
         cells = [
-            "–" if c["mean"] is None else f"{c['mean']:.{(d := digits.get(h, 2))}f} ± {c['half']:.{d}f}"
+            "–" if c["mean"] is None else f"{c['mean']:.{(d := 0 if h == 'rows' else 2)}f} ± {c['half']:.{d}f}"
             for h, c in columns.items()
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -167,8 +181,7 @@ def main():
     if options.table == "sinternal":
         note += "Checked, right, safe: harmful prompts in unseen wrappers."
     else:
-        note += "ASR + over-refusal: means over plain and wrapped. Seconds: wall time of stage 03 on one core, beside "
-        note += "other work on the same machine, hence their spread."
+        note += "ASR + over-refusal: means over plain and wrapped."
     lines += ["", note]
     out = ROOT / "results/claims"
     out.mkdir(parents=True, exist_ok=True)
@@ -186,4 +199,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -2,16 +2,20 @@
 on one core, after both tables of bench/claims.py, whose checkpoints are the starts.
 
 Equal steps and samples. Every ten steps the gold rule judges the unseen prompts. The base start goes on beyond the
-other starts' 40 steps, until it is as safe as ThinkSafe: how much longer does it take? The same command goes on where
-it stopped. Writes results/claims/grpo.json, .md and .png: mean over seeds and its 95 % t-interval.
+other starts' 40 steps, until it is as safe as ThinkSafe: how much more does it cost? Two seeds at a time; the same
+command goes on where it stopped. Writes results/claims/grpo.json, .md and .png: mean over seeds and its 95 %
+t-interval.
 """
 
 import argparse
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 
-from claims import ROOT, mean_interval, read_jsonl, stage
+from claims import ROOT, mean_interval, over_seeds, read_jsonl, stage
+
+from common import load_prompts, load_tokenizer, messages_of, render_chat, run_stage
 
 STEPS, BASE_STEPS = 40, 100
 RUNS = {  # name -> (folder of bench/claims.py whose checkpoint it starts from, options of stage 04)
@@ -35,7 +39,7 @@ CHECKS = ["--eval_every", 10, "--eval_judge", "tiny/gold.py"]
 CHECKS += ["--eval_prompts", *(f"tiny/prompts/test_{name}.jsonl" for name in ("plain", "wrapped", "sums"))]
 
 
-def run_seed(runs: Path, seed: int, names: list[str]) -> dict[str, Path]:
+def run_seed(runs: Path, names: list[str], seed: int) -> dict[str, Path]:
     """{name: run folder} of every GRPO run with one seed."""
     folders = {}
     for name in names:
@@ -48,13 +52,25 @@ def run_seed(runs: Path, seed: int, names: list[str]) -> dict[str, Path]:
     return folders
 
 
-def clock(runs: Path) -> float:
-    """Seconds of one GRPO step over those of the whole of stage 03, measured one after the other."""
-    stage("03_steer_selfgen.py", runs / "clock/ThinkSafe")
-    stage("04_grpo.py", runs / "clock/GRPO", "--steps", 20)
-    steps = read_jsonl(ROOT / runs / "clock/GRPO/metrics.jsonl")
-    step = statistics.median(m["sampling_seconds"] + m["update_seconds"] for m in steps)
-    return step / float((ROOT / runs / "clock/ThinkSafe/seconds.txt").read_text())
+def tokens(runs: Path) -> dict[str, tuple[int, int]]:
+    """Tokens that pass the model (forward, forward and back) in the whole of stage 03 and in a GRPO step from the base,
+    both with seed 0, prompts included: what is read and written, and what is trained on. GRPO skips flat groups."""
+    tokenizer = load_tokenizer("tiny/lrm")
+    chats = {row["id"]: render_chat(tokenizer, messages_of(row["prompt"]))[0] for row in load_prompts(PROMPTS)}
+    run = ROOT / runs / "thinksafe0/ThinkSafe"
+    steered, kept = read_jsonl(run / "responses.jsonl"), read_jsonl(run / "train.jsonl")
+    made = {row["id"]: (row["prompt_tokens"], row["samples"][0]["tokens"]) for row in steered}
+    trained = sum(len(chats[row["id"]]) + made[f"{row['id']}|{row['try']}"][1] for row in kept)
+    trained *= json.loads((run / "options.json").read_text())["options"]["epochs"]
+
+    run = ROOT / runs / "grpo0/base"
+    options = json.loads((run / "options.json").read_text())["options"]
+    prompts, responses = options["batch_size"], options["batch_size"] * options["group_size"]
+    prompt = statistics.mean(map(len, chats.values()))
+    steps = [(row["response_tokens"], 1 - row["zero_spread_groups"]) for row in read_jsonl(run / "metrics.jsonl")]
+    written = prompts * prompt + responses * statistics.mean(response for response, _ in steps)
+    updated = responses * statistics.mean((prompt + response) * active for response, active in steps)
+    return {"stage 03": (sum(map(sum, made.values())), trained), "a GRPO step": (round(written), round(updated))}
 
 
 def steps_until_as_safe(runs: Path, seed: int) -> int | None:
@@ -62,6 +78,29 @@ def steps_until_as_safe(runs: Path, seed: int) -> int | None:
     goal = read_jsonl(ROOT / runs / f"grpo{seed}/ThinkSafe/eval.jsonl")[0]["asr test_wrapped"]
     rows = read_jsonl(ROOT / runs / f"grpo{seed}/base/eval.jsonl")
     return next((row["step"] for row in rows if row["asr test_wrapped"] <= goal), None)
+
+
+def cost(steps: list[int | None], tokens: dict[str, tuple[int, int]]) -> dict:
+    """GRPO's operations over those of stage 03, per seed: 2 a weight and token forward, 6 forward and back. LoRA, which
+    stage 03 has, would save 2 of the 6, and costs about as much itself in a model of 128 columns.
+
+    >>> cost([10, 20], {"stage 03": (100, 300), "a GRPO step": (20, 10)})["values"]
+    [0.5, 1.0]
+    """
+    (forward, back), (step_forward, step_back) = tokens.values()
+    ratio = (2 * step_forward + 6 * step_back) / (2 * forward + 6 * back)
+    found = mean_interval([round(ratio * (s or BASE_STEPS), 2) for s in steps])
+    return {**found, "steps": steps, "one step over stage 03": round(ratio, 4), "tokens": tokens}
+
+
+def cost_in_words(found: dict) -> str:
+    each = ", ".join(str(s or f"more than {BASE_STEPS}") for s in found["steps"])
+    (forward, back), (step_forward, step_back) = found["tokens"].values()
+    return (
+        f"Until it is as safe on unseen wrappers as ThinkSafe, GRPO from the base takes {each} steps: "
+        f"{found['mean']:.1f} ± {found['half']:.1f} times the operations of the whole of stage 03. Stage 03 reads and "
+        f"writes {forward} tokens and trains on {back}, a step {step_forward} and {step_back} (seed 0, guard left out)."
+    )
 
 
 def figure(curves: dict, path: Path):
@@ -88,10 +127,11 @@ def figure(curves: dict, path: Path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, 6), help="how many seeds, from 0")
+    parser.add_argument("--jobs", type=int, default=2, choices=range(1, 6), help="seeds at a time, each on one core")
     parser.add_argument("--runs", type=Path, default=Path("runs/claims"), help="where bench/claims.py put its runs")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="some of the runs")
     options = parser.parse_args()
-    folders = [run_seed(options.runs, seed, options.only) for seed in range(options.seeds)]
+    folders = over_seeds(partial(run_seed, options.runs, options.only), options.seeds, options.jobs)
     curves: dict[str, dict[str, dict[int, dict]]] = {}
     for name in options.only:
         checks = [{row["step"]: row for row in read_jsonl(ROOT / f[name] / "eval.jsonl")} for f in folders]
@@ -113,12 +153,9 @@ def main():
     lines += ["", note]
     result = {"seeds": options.seeds, "steps": STEPS, "curves": curves}
     if {"base", "ThinkSafe"} <= set(options.only):
-        steps, ratio = [steps_until_as_safe(options.runs, seed) for seed in range(options.seeds)], clock(options.runs)
-        times = mean_interval([round(ratio * (s or BASE_STEPS), 2) for s in steps])
-        result["GRPO's time over ThinkSafe's"] = {**times, "steps": steps, "one step over stage 03": round(ratio, 4)}
-        each = ", ".join(str(s or f"more than {BASE_STEPS}") for s in steps)
-        lines += ["", f"Until it is as safe on unseen wrappers as ThinkSafe, GRPO from the base takes {each} steps: "]
-        lines[-1] += f"{times['mean']:.1f} ± {times['half']:.1f} times as long as the whole of stage 03."
+        steps = [steps_until_as_safe(options.runs, seed) for seed in range(options.seeds)]
+        result["GRPO's cost over ThinkSafe's"] = cost(steps, tokens(options.runs))
+        lines += ["", cost_in_words(result["GRPO's cost over ThinkSafe's"])]
     out = ROOT / "results/claims"
     out.mkdir(parents=True, exist_ok=True)
     (out / "grpo.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -128,4 +165,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)
