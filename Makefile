@@ -55,6 +55,7 @@ claims: $(VENV)/ready  ## every claim of both papers over five seeds, about an h
 	$(PY) bench/claims.py sinternal
 	$(PY) bench/claims.py thinksafe
 	$(PY) bench/curves.py
+	$(PY) bench/verdicts.py
 
 # `make .venv-vllm/ready` first to have vLLM beside; BENCH=--quick for one repeat of less
 VLLM ?= .venv-vllm/bin/python
