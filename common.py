@@ -870,8 +870,8 @@ class Endpoint(Client):
 class ServerSampler(Client, Sampler):
     """The same interface over a running `vllm serve`, named `model@http://host:8000/v1`, which has engines on as many
     machines as it likes. Token ids go there and come back: template and end tokens are those of the folder or hub id
-    here. Log-probs are VllmSampler's if the server was started with `--logprobs-mode processed_logprobs`; without it,
-    they are those at temperature 1."""
+    here. Log-probs are those at the sampling temperature if the server was started with `--logprobs-mode
+    processed_logprobs`, else at temperature 1; where top-k or top-p cuts, vLLM gives those of what is left."""
 
     at_once, seconds = 256, 7200  # enough for several engines; a long answer may have to wait for its turn
 

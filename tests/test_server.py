@@ -159,11 +159,7 @@ def test_05_records_and_guards_the_folder_behind_the_server(our_server, tmp_path
     assert "holds responses of model" in refused(evaluate, *options)
 
 
-SERVED, NOWHERE, TRAINED = (
-    f"tiny/lrm@http://{HERE}",
-    f"runs/no/where@http://{HERE}",
-    "is an endpoint; what is trained here",
-)
+SERVED, NOWHERE, TRAINED = f"tiny/lrm@http://{HERE}", f"runs/no/where@http://{HERE}", "is an endpoint; what is trained"
 REFUSED = {
     "02, to be trained": ("02_verify_sft", ["--model", SERVED], TRAINED),
     "03, to be trained": ("03_steer_selfgen", ["--model", SERVED], TRAINED),
@@ -182,7 +178,7 @@ def test_names_that_cannot_be(what, tmp_path):
 
 @pytest.fixture(scope="module")
 def survivor(tmp_path_factory):
-    """Stage 01 on 60 prompts whose server is killed half-way and started again; the second one goes on serving."""
+    """Stage 01 on 60 prompts whose server is killed half-way and started again, now as two engines that go on serving."""
     pytest.importorskip("vllm")
     folder, port = tmp_path_factory.mktemp("served"), free_port()
     found = SimpleNamespace(name=f"tiny/lrm@http://127.0.0.1:{port}/v1", path=folder / "01/responses.jsonl")
@@ -192,7 +188,7 @@ def survivor(tmp_path_factory):
         threading.Thread(target=kill_at, args=[group, found.path, 20], daemon=True).start()
         found.failed = run_stage("01_generate", *options, ok=False)
     found.kept = reopen_jsonl(found.path)
-    with vllm_server(*server):
+    with vllm_server(*server, "--data-parallel-size", "2"):
         found.done = run_stage("01_generate", *options)
         yield found
 
