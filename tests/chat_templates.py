@@ -3,8 +3,8 @@
 qwen3, r1, gemma and llama3 are read from the copies in the package trl (Apache-2.0), which compares them with the hub's
 every week; nothing of them is copied here. Their own licences: Qwen3 Apache-2.0; DeepSeek-R1-Distill MIT; Gemma 1 and 2
 Gemma Terms of Use; Meta Llama 3 Instruct Llama 3 Community License. smollm2: HuggingFaceTB/SmolLM2-135M-Instruct,
-Apache-2.0, whole. mistral: Mistral-7B-Instruct, Apache-2.0, abridged to its turns. Tokens and end tokens: each model's
-tokenizer_config.json and generation_config.json.
+Apache-2.0, whole. mistral: Mistral-7B-Instruct, Apache-2.0, abridged to its turns. Special tokens: a choice of those that
+the makers' documentation names.
 """
 
 import importlib.util

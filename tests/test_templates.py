@@ -27,7 +27,7 @@ class Row(NamedTuple):
     response: str  # what is trained on: the thinking "Hm.", the answer "So." and the end
     whole: str  # [USER, TURN], no generation prompt: trap 4
     ends: set[str]  # what ends a reply
-    configured: list[str] | str | None  # the part of them that generation_config.json names: several, one or none
+    configured: list[str] | str | None  # those that the generation config names: several, one or none
     opened: bool = False  # does the prompt open <think>?
 
 
