@@ -9,6 +9,7 @@ are also held against the demo's measured times, with this machine's measured pe
 import argparse
 import importlib
 import json
+import os
 import sys
 import tempfile
 import timeit
@@ -131,7 +132,8 @@ def check(runs: Path) -> list[str]:
     predicted = len(found) * Shape(tiny).sample_seconds(here, 128, 128, 8, 15, response, 0)
     rows.append(("04 sampling and guard", sum(row["sampling_seconds"] for row in found), predicted))
     lines += [f"| {name} | {seen:.1f} | {said:.1f} | {seen / said:.1f} |" for name, seen, said in rows]
-    return [*lines, "", f"Measured here: {here.peak / 1e9:.0f} GFLOP/s, {2 * here.bandwidth / 1e9:.1f} GB/s."]
+    speed = f"{here.peak / 1e9:.0f} GFLOP/s, {2 * here.bandwidth / 1e9:.1f} GB/s"
+    return [*lines, "", f"Measured here: {speed}, at a load of {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores."]
 
 
 def tables(folder: Path) -> str:

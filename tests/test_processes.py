@@ -174,7 +174,9 @@ def test_two_processes_learn_to_verify_as_one(tmp_path):
     same_training(tmp_path / "one", tmp_path / "sharded")
 
 
-@pytest.mark.parametrize("extra, resumed", [(["--lora_rank", 8, "--recompute"], []), (["--loss", "dapo"], ["one", "two"])])
+@pytest.mark.parametrize(
+    "extra, resumed", [(["--lora_rank", 8, "--recompute"], []), (["--loss", "dapo"], ["one", "two"])]
+)
 def test_grpo_with_sharded_weights(tmp_path, extra, resumed):
     """FSDP ends where one process ends, and either goes on from the other's saved state. The sampler has a copy of its
     own, which must have got the weights of the step: its log-probs are compared with the trainer's."""
