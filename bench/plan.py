@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from common import add_lora, is_endpoint, judge_style, load_tokenizer, messages_of, render_chat
+from common import add_lora, is_endpoint, judge_style, load_tokenizer, local_name, messages_of, render_chat
 
 # Assumed, not measured: the used share of a card's peak and of its bandwidth, seconds that the hf engine needs to start
 # a layer, vLLM's responses at once, mean tokens of a response, a judged text, a critique and a verdict
@@ -91,11 +91,12 @@ class Plan:
         at_once = n * max(1, min(prompts_here, self.options.batch_tokens // (read + limit) // n))
         at_once = min(prompts_here * n, VLLM_ROWS) if vllm else at_once
         every = (self.card, prompts_here * n, at_once, n, read)
-        seconds = [times * m.sample_seconds(*every, w, 0 if vllm else LAUNCH) for w in written]
+        cards = self.options.tensor_parallel if vllm else 1
+        seconds = [times * m.sample_seconds(*every, w, 0 if vllm else LAUNCH) / cards for w in written]
         on_top = at_once * (read + limit) * m.layers * m.kv * (4 if own else 8)  # the cache
         on_top += at_once / n * read * (6 * m.inner + 8 * m.hidden)  # one layer's pass over the prompts
         if vllm:  # what it is given
-            on_top = max(2.2 * m.weights, self.card.memory * (0.5 if self.together else 0.9))
+            on_top = max(2.2 * m.weights / cards, self.card.memory * (0.5 if self.together else 0.9))
         few, most = (f"{times * prompts * n * w:,.0f}" for w in written)
         text = (
             f"{Path(name).name} ({m.weights:,} weights) {what} {times * prompts:,} x {n}: {few} tokens, at most {most}"
@@ -137,7 +138,7 @@ def dry_run(options, name: str, rows: list[dict], costs):
     """Says what a stage would do with `rows`; `costs(plan, options, rows)` is the stage's own account of its work."""
     if os.environ.get("RANK", "0") != "0":
         return
-    tokenizer, template = load_tokenizer(name), {"enable_thinking": options.enable_thinking}
+    tokenizer, template = load_tokenizer(local_name(name)), {"enable_thinking": options.enable_thinking}
     ids = [render_chat(tokenizer, messages_of(r["prompt"]), **template)[0] for r in rows[:: 1 + len(rows) // 200]]
     kinds = Counter(row.get("kind") or ("harmful" if row["harmful"] else "benign") for row in rows)
     processes, sharded = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("ACCELERATE_USE_FSDP") == "true"
@@ -148,10 +149,11 @@ def dry_run(options, name: str, rows: list[dict], costs):
     print(f"\nrows: {', '.join(f'{v} {k}' for k, v in sorted(kinds.items()))}; first prompt as the model reads it:")
     print(tokenizer.decode(ids[0]))
     print(
-        f"\nPredicted by formulas, not measured, for {processes} x {H100.name}: {UTILISATION:.0%} of "
-        f"{H100.peak / 1e12:.0f} TFLOP/s, {SHARE:.0%} of {H100.bandwidth / 1e12} TB/s, prompts of {plan.read:.0f} "
-        f"tokens, responses of {RESPONSE}, critiques of {CRITIQUE}, judged texts of {ANSWER}; at most: all responses "
-        "at their limit. Not counted: loading, saving, a batch's wait for its longest row, later tries and checks."
+        f"\nPredicted by formulas, not measured, for {processes * options.tensor_parallel} x {H100.name}: "
+        f"{UTILISATION:.0%} of {H100.peak / 1e12:.0f} TFLOP/s, {SHARE:.0%} of {H100.bandwidth / 1e12} TB/s, prompts of "
+        f"{plan.read:.0f} tokens, responses of {RESPONSE}, critiques of {CRITIQUE}, judged texts of {ANSWER}; at most: "
+        "all responses at their limit. Not counted: loading, saving, a batch's wait for its longest row, later tries "
+        "and checks."
     )
     for text, seconds, most, held, on_top in plan.lines:
         print(f"  {text}; {seconds / 3600:.2f} h, at most {most / 3600:.2f}; {(held + on_top) / 1e9:.1f} GB")

@@ -202,6 +202,17 @@ def test_the_cache_is_as_large_as_said(model):
     assert shape.weights == sum(p.numel() for p in model.parameters())
 
 
+def test_a_model_that_is_served_or_split(world, capsys):
+    """What a server computes is not counted here; cards that share a model share its hours."""
+    _, lines, text = dry(world, capsys, "qwen3-8b", "01", "--model", f"{world / 'qwen3-8b'}@http://localhost:9/v1")
+    assert "answers: not counted" in lines[0] and "(596,049,920 weights) judges" in lines[1] and "assistant" in text
+    long = ["--engine", "vllm", "--max_new_tokens", 200_000]
+    whole, split = (dry(world, capsys, "qwen3-8b", "01", *long, "--tensor_parallel", n) for n in (1, 4))
+    most = [number(re.search(r"at most ([\d.]+);", lines[0])[1]) for _, lines, _ in (whole, split)]
+    assert most[0] > 10 and most[1] == pytest.approx(most[0] / 4, abs=0.01)
+    assert "for 1 x H100" in whole[2] and "for 4 x H100" in split[2]
+
+
 def test_what_a_dry_run_refuses(world):
     prompts = ["--prompts", world / "prompts.jsonl", "--dry_run", "--run", world / "run"]
     assert "no model './nowhere'" in refused(stages["01"], *prompts, "--model", "./nowhere")
