@@ -23,7 +23,7 @@ may be noise (its interval holds 0). F1's interval is that of tp / (tp + fp + fn
     python 05_eval.py --preset qwen3-4b --engine vllm --models base=Qwen/Qwen3-4B --bench strongreject xstest=my.csv
     python 05_eval.py --models base=Qwen/Qwen3-4B@http://host:8000/v1 …    # a running `vllm serve` answers
     python 05_eval.py --judges wildguard:allenai/wildguard …     # the same run judged again: nothing is generated twice
-    python 05_eval.py --compare a/results.json b/results.json    # what differs in recipe and results
+    python bench/compare.py a/results.json b/results.json        # what differs in recipe and results
 
 in:  --models name=folder …   --bench, names from BENCHMARKS or name=file   --judges, the first one leads the table
 out: <run>/results.json  results.md  results.png  tradeoff.png  categories.png
@@ -110,8 +110,6 @@ class Options(SamplingOptions):
     self_checker: str = ""
     n: int = 1  # responses per prompt
     limit: int = 0  # take this many rows of each benchmark, drawn once with a fixed seed; 0 = all
-    # two results.json files: print what differs in recipe and results, and do nothing else
-    compare: list[str] = field(default_factory=list)
 
 
 def load_benchmark(name: str, path: str, limit: int) -> tuple[list[dict], dict]:
@@ -385,37 +383,6 @@ def draw(results: list[dict], categories: list[dict], names: list[str], judges: 
         fig.savefig(run / "categories.png", dpi=130)
 
 
-def compare(paths: list[str]):
-    """Prints where two result files differ: first the recipes, then every figure, marked where the intervals part."""
-    if len(paths) != 2 or not all(Path(path).is_file() for path in paths):
-        fail(f"--compare takes two results.json files, not '{' '.join(paths)}'")
-    try:
-        files = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
-        key = ("model", "benchmark", "metric", "judge")
-        tables = [{" · ".join(filter(None, (r[k] for k in key))): r for r in file["rows"]} for file in files]
-        print("\n".join(differences(*(file["recipe"] for file in files))))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        fail(f"--compare {' '.join(paths)}: not both are results.json files of this stage")
-    for name in dict.fromkeys([*tables[0], *tables[1]]):
-        a, b = (table.get(name) for table in tables)
-        if not (a and b):
-            print(f"{name}: only in the {'first' if a else 'second'}")
-        elif a["value"] != b["value"]:
-            apart = "  intervals apart" if a["high"] < b["low"] or b["high"] < a["low"] else ""
-            print(f"{name}: {a['value']:.3f} -> {b['value']:.3f}{apart}")
-
-
-def differences(a: dict, b: dict, prefix: str = ""):
-    """A text for each place where two nested dictionaries differ."""
-    for key in dict.fromkeys([*a, *b]):
-        if not (key in a and key in b):
-            yield f"{prefix}{key}: only in the {'first' if key in a else 'second'}"
-        elif isinstance(a[key], dict) and isinstance(b[key], dict):
-            yield from differences(a[key], b[key], f"{prefix}{key}.")
-        elif a[key] != b[key]:
-            yield f"{prefix}{key}\n    {a[key]}\n    {b[key]}"
-
-
 def named(items: list[str], option: str, known=()) -> dict[str, str]:
     pairs = {**dict.fromkeys([i for i in items if i in known], ""), **dict(i.partition("=")[::2] for i in items)}
     bad = [n for n, value in pairs.items() if not (value or n in known) or not re.fullmatch(r"[\w+-][\w.+-]*", n)]
@@ -480,8 +447,6 @@ def costs(plan: Plan, options: Options, rows: list[dict]):
 
 def main():
     options = parse_options(Options, __doc__)
-    if options.compare:
-        return compare(options.compare)
     models, bench = named(options.models, "models"), named(options.bench, "bench", BENCHMARKS)
     tests, sources, left_out, notes = {}, {}, [], []
     for name, path in bench.items():
@@ -511,7 +476,7 @@ def main():
             fail(f"{name}: judges/self_check.py is for --self_checker, and the only one for it")
     if options.dry_run:
         return dry_run(options, next(iter(models.values())), [row for test in tests.values() for row in test], costs)
-    run = open_run(options, free=("models", "bench", "verify_test", "judges", "self_checker", "compare"))
+    run = open_run(options, free=("models", "bench", "verify_test", "judges", "self_checker"))
     began = time.time()
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed)
     template = {"enable_thinking": options.enable_thinking}

@@ -13,6 +13,7 @@ from conftest import ROOT, load, refused, rows, run_here
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from bench.compare import compare
 from common import Judge, Sample, Sampler, StageOptions, answer_is_correct, judge_style, load_prompts
 
 evaluate = load("05_eval")
@@ -449,14 +450,16 @@ def test_compare_says_what_differs(run, tmp_path, capsys):
     for name, found in (("a", a), ("b", b)):
         paths.append(tmp_path / f"{name}.json")
         paths[-1].write_text(json.dumps(found))
-    run_here(evaluate, "--compare", *paths)
+    compare(list(map(str, paths)))
     said = capsys.readouterr().out.splitlines()
     assert "decoding.temperature" in said and "models.twin: only in the first" in said
     assert [line for line in said if "intervals apart" in line and "base · plain · asr" in line]
     assert sum("->" in line for line in said) == 1 and not any("base · sums" in line for line in said)
-    assert "takes two results.json" in refused(evaluate, "--compare", paths[0])
+    with pytest.raises(SystemExit, match="takes two results.json"):
+        compare([str(paths[0])])
     paths[0].write_text("[]")
-    assert "not both are results.json" in refused(evaluate, "--compare", *paths)
+    with pytest.raises(SystemExit, match="not both are results.json"):
+        compare(list(map(str, paths)))
 
 
 @pytest.mark.parametrize("options, words", [
