@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections import Counter
 from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -241,11 +242,40 @@ def vllm_server(port: int, log, model: str, *more):
         server.wait()
 
 
-def kill_at(group: int, path, lines: int):
-    """Kills a server once `path` has that many rows."""
-    while not path.exists() or path.read_text().count("\n") < lines:
-        time.sleep(0.01)
-    os.killpg(group, signal.SIGKILL)
+@contextmanager
+def door(port: int):
+    """The way to the server on `port`, open while others come and go there. Once `leave` answers went out, the process
+    group `kills` is killed, and those that were under way reach nobody."""
+    one_by_one = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            to = urllib.request.Request(f"http://127.0.0.1:{port}{self.path}", body, dict(self.headers))
+            self.close_connection = True
+            with suppress(OSError, HTTPException):
+                answer = urllib.request.urlopen(to).read()
+                with one_by_one:
+                    if way.leave == 0:
+                        return
+                    always(answer.decode())(self, 1)
+                    way.leave -= 1
+                    if way.leave == 0:
+                        os.killpg(way.kills, signal.SIGKILL)
+
+        def log_message(self, *_):
+            pass
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 256  # connections that wait to be taken
+
+    with Server(("127.0.0.1", 0), Handler) as way:
+        way.kills, way.leave, way.url = None, -1, f"http://127.0.0.1:{way.server_port}/v1"
+        threading.Thread(target=way.serve_forever, args=[0.02], daemon=True).start()
+        yield way
+        way.shutdown()
 
 
 def test_a_killed_vllm_server_costs_no_row_and_its_critiques_are_those_of_our_loop(tmp_path):
@@ -254,16 +284,17 @@ def test_a_killed_vllm_server_costs_no_row_and_its_critiques_are_those_of_our_lo
     run_stage("01_generate", "--run", source, "--limit", 160, "--n", 4)
     stage = load("02_verify_sft")
     total = len(stage.select(*stage.load_stage_01(source)))
-    port = free_port()
-    expert = f"tiny/expert@http://127.0.0.1:{port}/v1"
-
-    with vllm_server(port, tmp_path / "log", "tiny/expert", "--max-num-seqs", "1") as group:  # a row after the other
-        threading.Thread(target=kill_at, args=[group, path, total // 6], daemon=True).start()
-        assert "Connection error" in stage_02(run, source, expert, ok=False)
-    kept = reopen_jsonl(path)
-    assert total // 6 <= len(kept) < total
-    with vllm_server(port, tmp_path / "log", "tiny/expert"):
-        stage_02(run, source, expert)
+    server = free_port(), tmp_path / "log", "tiny/expert"
+    with door(server[0]) as way:
+        expert = f"tiny/expert@{way.url}"
+        with vllm_server(*server) as way.kills:
+            way.leave = total // 6
+            assert "Connection error" in stage_02(run, source, expert, ok=False)
+        kept = reopen_jsonl(path)
+        assert len(kept) == total // 6
+        way.leave = -1
+        with vllm_server(*server):
+            stage_02(run, source, expert)
     made = reopen_jsonl(path)
     assert made[: len(kept)] == kept and len(made) == total
     stage_02(tmp_path / "ours", source, "tiny/expert")

@@ -14,7 +14,7 @@ from conftest import load, refused, rows, run_here, run_stage
 
 pytest.importorskip("openai")
 
-from test_endpoint import KEY, always, free_port, kill_at, serving, vllm_server  # noqa: E402
+from test_endpoint import KEY, always, door, free_port, serving, vllm_server  # noqa: E402
 
 from common import HfSampler, Sampling, ServerSampler, answer_prompts, fingerprint, render_chat, reopen_jsonl  # noqa: E402
 
@@ -180,24 +180,26 @@ def test_names_that_cannot_be(what, tmp_path):
 def survivor(tmp_path_factory):
     """Stage 01 on 60 prompts whose server is killed half-way and started again, now as two engines that go on serving."""
     pytest.importorskip("vllm")
-    folder, port = tmp_path_factory.mktemp("served"), free_port()
-    found = SimpleNamespace(name=f"tiny/lrm@http://127.0.0.1:{port}/v1", path=folder / "01/responses.jsonl")
-    options = ["--run", folder / "01", "--model", found.name, "--guard", "tiny/gold.py", "--limit", 60, "--n", 4]
-    server = port, folder / "log", "tiny/lrm", "--logprobs-mode", "processed_logprobs"
-    with vllm_server(*server, "--max-num-seqs", "4") as group:  # one prompt after the other
-        threading.Thread(target=kill_at, args=[group, found.path, 20], daemon=True).start()
-        found.failed = run_stage("01_generate", *options, ok=False)
-    found.kept = reopen_jsonl(found.path)
-    with vllm_server(*server, "--data-parallel-size", "2"):
-        run_here(load("01_generate"), *options)
-        yield found
+    folder = tmp_path_factory.mktemp("served")
+    server = free_port(), folder / "log", "tiny/lrm", "--logprobs-mode", "processed_logprobs"
+    with door(server[0]) as way:
+        found = SimpleNamespace(name=f"tiny/lrm@{way.url}", path=folder / "01/responses.jsonl")
+        options = ["--run", folder / "01", "--model", found.name, "--guard", "tiny/gold.py", "--limit", 60, "--n", 4]
+        with vllm_server(*server) as way.kills:
+            way.leave = 20
+            found.failed = run_stage("01_generate", *options, ok=False)
+        found.kept = reopen_jsonl(found.path)
+        way.leave = -1
+        with vllm_server(*server, "--data-parallel-size", "2"):
+            run_here(load("01_generate"), *options)
+            yield found
 
 
 def test_a_killed_server_costs_no_row(survivor):
     errors = [line for line in survivor.failed.stderr.splitlines() if line.startswith("error: ")]
     assert survivor.failed.returncode == len(errors) == 1 and "Traceback" not in survivor.failed.stderr
     assert errors[0].startswith(f"error: {survivor.name}: APIConnectionError: Connection error")
-    assert 20 <= len(survivor.kept) < 60
+    assert len(survivor.kept) == 20
     made = reopen_jsonl(survivor.path)
     assert made[: len(survivor.kept)] == survivor.kept and len({r["id"] for r in made}) == len(made) == 60
     samples = [sample for row in made for sample in row["samples"]]
