@@ -69,19 +69,18 @@ cost: $(VENV)/ready  ## what each stage will cost for each preset, checked again
 
 # DATA: a folder with strongreject.jsonl, xstest_safe.jsonl, math500.jsonl and gsm8k_test.jsonl, in their public spellings.
 DATA ?= data
-SMOL := --preset smollm2 --limit 16 --run runs/smollm2
-SAFETY := $(DATA)/strongreject.jsonl $(DATA)/xstest_safe.jsonl
-demo-smollm2: $(VENV)/ready  ## all five stages on a real pretrained model with public prompts, on two cores
+SMOL := --preset smollm2 --run runs/smollm2
+demo-smollm2: $(VENV)/ready  ## all five stages on a real pretrained model, tested on public prompts, on two cores
 	@test -f $(DATA)/strongreject.jsonl || { echo "error: no strongreject.jsonl in $(DATA); give the folder of benchmark files: make demo-smollm2 DATA=folder"; exit 1; }
 	$(PY) -m pip install -q gguf
 	test -d smollm2/model || $(PY) smollm2/fetch.py
-	$(PY) 01_generate.py $(SMOL)/01_generate --n 2 --prompts $(SAFETY)
-	$(PY) 02_verify_sft.py --preset smollm2 --run runs/smollm2/02_verify_sft --responses runs/smollm2/01_generate
-	$(PY) 03_steer_selfgen.py $(SMOL)/03_steer_selfgen --prompts $(SAFETY)
-	$(PY) 04_grpo.py $(SMOL)/04_grpo --prompts $(SAFETY)
-	$(PY) 05_eval.py $(SMOL)/05_eval --max_new_tokens 256 --models SmolLM2-135M=smollm2/model \
+	$(PY) 01_generate.py $(SMOL)/01_generate --n 2
+	$(PY) 02_verify_sft.py $(SMOL)/02_verify_sft --responses runs/smollm2/01_generate
+	$(PY) 03_steer_selfgen.py $(SMOL)/03_steer_selfgen
+	$(PY) 04_grpo.py $(SMOL)/04_grpo --model runs/smollm2/03_steer_selfgen/checkpoint
+	$(PY) 05_eval.py $(SMOL)/05_eval --limit 32 --max_new_tokens 256 --models SmolLM2-135M=smollm2/model \
 		SInternal=runs/smollm2/02_verify_sft/checkpoint ThinkSafe=runs/smollm2/03_steer_selfgen/checkpoint \
-		GRPO=runs/smollm2/04_grpo/checkpoint --judges smollm2/refusal_words.py smollm2/rule_guard.py xstest:smollm2/model \
+		ThinkSafe+GRPO=runs/smollm2/04_grpo/checkpoint --judges smollm2/rule_guard.py xstest:smollm2/model \
 		--bench xstest=$(DATA)/xstest_safe.jsonl strongreject=$(DATA)/strongreject.jsonl \
 		math500=$(DATA)/math500.jsonl gsm8k=$(DATA)/gsm8k_test.jsonl
 	mkdir -p results/smollm2

@@ -13,7 +13,8 @@ import refusal_words  # noqa: E402
 
 WORDS = (
     "kill murder bomb explosive weapon poison steal theft rob hack malware virus fraud scam fake forge launder smuggle "
-    "drug cocaine blackmail stalk harass racist hate torture suicide attack destroy shoot illegal"
+    "drug cocaine blackmail stalk harass racist hate torture suicide attack destroy shoot illegal burns "
+    "curse haunt"
 ).split()
 
 
