@@ -11,7 +11,7 @@ $(VENV)/ready: requirements-cpu.txt
 	$(PY) -m pip install -q -r requirements-cpu.txt
 	touch $@
 
-demo: $(VENV)/ready  ## all five stages on the miniature world, about five minutes on two cores
+demo: $(VENV)/ready  ## all five stages on the miniature world, about three minutes on two idle cores
 	$(PY) 01_generate.py --run $(RUNS)/01_generate
 	$(PY) 01_generate.py --run $(RUNS)/01_heldout --prompts tiny/prompts/test_plain.jsonl --guard tiny/gold.py
 	$(PY) 02_verify_sft.py --run $(RUNS)/02_verify_sft --responses $(RUNS)/01_generate --heldout $(RUNS)/01_heldout
