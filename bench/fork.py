@@ -1,11 +1,11 @@
 """README's fork, run: GRPO with another reward, six lines, from the base model, and what comes of it.
 
-    python bench/fork.py     # about three minutes on two cores; writes results/fork.md
+    python bench/fork.py     # about two minutes on two cores; writes results/fork.md
 
 The reward looks at the thinking alone: 1 if it checks safety. No guard's verdict, no answer is rewarded.
 """
 
-import importlib.util
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -25,10 +25,7 @@ def reward(row, parsed, verdict, options):
 
 
 def main():
-    spec = importlib.util.spec_from_file_location("stage_04", ROOT / "04_grpo.py")
-    grpo = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = grpo  # dataclasses look their module up
-    spec.loader.exec_module(grpo)
+    grpo = importlib.import_module("04_grpo")
     grpo.reward = reward
     with mock.patch.object(sys, "argv", ["04_grpo.py", "--run", "runs/fork/04_grpo"]):
         grpo.main()

@@ -61,6 +61,26 @@ def next_token_log_probs(net, examples):
     return torch.cat(parts)
 
 
+def assert_log_probs(net, prompt: list[int], sample, temperature: float, tolerance: float):
+    """A sample's log-probs are those of a full forward pass at the sampling temperature."""
+    log_probs = next_token_log_probs(net, [(prompt, sample.ids)]).div(temperature).log_softmax(-1)
+    expected = log_probs.gather(1, torch.tensor(sample.ids).unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(torch.tensor(sample.log_probs).double(), expected, atol=tolerance, rtol=0)
+
+
+def assert_seeds_belong_to_requests(sampler, requests):
+    """A request's samples are the same alone and in company, and others with another seed."""
+    from common import Sampling
+
+    hot = Sampling(30, 1.5, seed=1)
+    together = dict(sampler.generate(requests, 3, hot))
+    [alone] = dict(sampler.generate(requests[2:3], 3, hot)).values()
+    assert [s.ids for s in alone] == [s.ids for s in together[2]]
+    assert len({tuple(s.ids) for samples in together.values() for s in samples}) > len(requests)
+    other = dict(sampler.generate(requests, 3, hot._replace(seed=2)))
+    assert any(a.ids != b.ids for i in other for a, b in zip(other[i], together[i]))
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     from common import load_tokenizer
@@ -73,3 +93,14 @@ def model():
     from common import load_model
 
     return load_model("tiny/lrm")
+
+
+@pytest.fixture(scope="session")
+def requests(tokenizer):
+    """What a sampler gets: (key, prompt ids)."""
+    from common import render_chat
+
+    prompts = [row["prompt"] for row in rows(ROOT / "tiny/prompts/test_wrapped.jsonl")[::40]]
+    found = [(str(i), render_chat(tokenizer, [{"role": "user", "content": p}])[0]) for i, p in enumerate(prompts)]
+    assert len({len(ids) for _, ids in found}) > 2  # left padding is at work
+    return found

@@ -62,16 +62,24 @@ def last_turn(request):
     return request["messages"][-1]["content"]
 
 
+class Quiet(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def body(self) -> bytes:
+        return self.rfile.read(int(self.headers["Content-Length"]))
+
+    def log_message(self, *_):
+        pass
+
+
 @contextmanager
 def serving(bad, good=chat_answer, prompt_of=last_turn, model="m"):
     """A server with a name, and a Counter `asked` of prompts. Request k = 1, 2, … for the bad prompt is answered by
     `bad(http, k)`, the others as they should be, but not before the bad one (unless that takes half a second)."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(Quiet):
         def do_POST(self):
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            request = json.loads(self.body())
             prompt = prompt_of(request)
             server.asked[prompt] += 1
             if len(server.asked) == len(ROWS):
@@ -84,9 +92,6 @@ def serving(bad, good=chat_answer, prompt_of=last_turn, model="m"):
             else:
                 server.answered.wait(0.5)
                 always(good(request))(self, 1)
-
-        def log_message(self, *_):
-            pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.name, server.bad, server.asked = f"{model}@http://127.0.0.1:{server.server_port}/v1", bad, Counter()
@@ -248,12 +253,9 @@ def door(port: int):
     group `kills` is killed, and those that were under way reach nobody."""
     one_by_one = threading.Lock()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(Quiet):
         def do_POST(self):
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            to = urllib.request.Request(f"http://127.0.0.1:{port}{self.path}", body, dict(self.headers))
+            to = urllib.request.Request(f"http://127.0.0.1:{port}{self.path}", self.body(), dict(self.headers))
             self.close_connection = True
             with suppress(OSError, HTTPException):
                 answer = urllib.request.urlopen(to).read()
@@ -264,9 +266,6 @@ def door(port: int):
                     way.leave -= 1
                     if way.leave == 0:
                         os.killpg(way.kills, signal.SIGKILL)
-
-        def log_message(self, *_):
-            pass
 
     class Server(ThreadingHTTPServer):
         request_queue_size = 256  # connections that wait to be taken

@@ -1,20 +1,10 @@
 """The sampling loop against transformers.generate, and against itself in other company."""
 
-import json
-
 import pytest
 import torch
+from conftest import assert_log_probs
 
-from common import HfSampler, Sampling, render_chat
-
-PROMPTS = [json.loads(line)["prompt"] for line in open("tiny/prompts/test_wrapped.jsonl")][::40]
-
-
-@pytest.fixture(scope="module")
-def requests(tokenizer):
-    rows = [(str(i), render_chat(tokenizer, [{"role": "user", "content": p}])[0]) for i, p in enumerate(PROMPTS)]
-    assert len({len(ids) for _, ids in rows}) > 2  # left padding is at work
-    return rows
+from common import HfSampler, Sampling
 
 
 def run(model, tokenizer, requests, n=1, batch_tokens=32_768, **sampling):
@@ -57,11 +47,8 @@ def test_log_probs_and_finish(model, tokenizer, requests, temperature, new):
     tokens at a high temperature rows leave at many lengths, and the cache runs out of room more than once."""
     found = run(model, tokenizer, requests, n=2, temperature=temperature, max_new_tokens=new, seed=1)
     for i, samples in found.items():
-        prompt = requests[i][1]
         for sample in samples:
-            logits = model(input_ids=torch.tensor([prompt + sample.ids])).logits[0, len(prompt) - 1 : -1] / temperature
-            expected = logits.log_softmax(-1).gather(1, torch.tensor(sample.ids).unsqueeze(1)).squeeze(1)
-            torch.testing.assert_close(torch.tensor(sample.log_probs), expected, atol=1e-4, rtol=0)
+            assert_log_probs(model, requests[i][1], sample, temperature, 1e-4)
             ended = sample.ids[-1] == tokenizer.eos_token_id
             assert sample.finish == ("stop" if ended else "length") and (ended or len(sample.ids) == new)
             assert tokenizer.eos_token_id not in sample.ids[:-1]

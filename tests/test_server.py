@@ -9,8 +9,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import torch
-from conftest import load, refused, rows, run_here, run_stage
+from conftest import assert_log_probs, assert_seeds_belong_to_requests, load, refused, rows, run_here, run_stage
 
 pytest.importorskip("openai")
 
@@ -208,12 +207,6 @@ def test_a_killed_server_costs_no_row(survivor):
     assert "60, 4 responses each" in (survivor.path.parent / "summary.txt").read_text()
 
 
-@pytest.fixture(scope="module")
-def requests(tokenizer):
-    prompts = [json.loads(line)["prompt"] for line in open("tiny/prompts/test_wrapped.jsonl")][::40]
-    return [(str(i), render_chat(tokenizer, [{"role": "user", "content": p}])[0]) for i, p in enumerate(prompts)]
-
-
 def test_greedy_ids_and_log_probs_equal_our_loop(survivor, requests, model, tokenizer):
     greedy = Sampling(40, 0.0)
     ours = dict(HfSampler(model, tokenizer, 32_768).generate(requests, 1, greedy))
@@ -228,18 +221,9 @@ def test_greedy_ids_and_log_probs_equal_our_loop(survivor, requests, model, toke
 
 def test_log_probs_are_those_of_a_full_forward_pass_at_the_temperature(survivor, requests, model):
     for index, samples in ServerSampler(survivor.name).generate(requests, 2, Sampling(20, 0.7, seed=5)):
-        prompt = requests[index][1]
         for sample in samples:
-            logits = model(input_ids=torch.tensor([prompt + sample.ids])).logits[0, len(prompt) - 1 : -1] / 0.7
-            expected = logits.log_softmax(-1).gather(1, torch.tensor(sample.ids).unsqueeze(1)).squeeze(1)
-            torch.testing.assert_close(torch.tensor(sample.log_probs), expected, atol=2e-3, rtol=0)
+            assert_log_probs(model, requests[index][1], sample, 0.7, 2e-3)
 
 
 def test_seeds_belong_to_the_request(survivor, requests):
-    sampler, hot = ServerSampler(survivor.name), Sampling(30, 1.5, seed=1)
-    together = dict(sampler.generate(requests, 3, hot))
-    [alone] = dict(sampler.generate(requests[2:3], 3, hot)).values()
-    assert [s.ids for s in alone] == [s.ids for s in together[2]]
-    assert len({tuple(s.ids) for samples in together.values() for s in samples}) > len(requests)
-    other = dict(sampler.generate(requests, 3, hot._replace(seed=2)))
-    assert any(a.ids != b.ids for i in other for a, b in zip(other[i], together[i]))
+    assert_seeds_belong_to_requests(ServerSampler(survivor.name), requests)

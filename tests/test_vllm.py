@@ -6,20 +6,18 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_stage
+from conftest import ROOT, assert_log_probs, assert_seeds_belong_to_requests, run_stage
 
 pytest.importorskip("vllm")
 
-from common import PRESETS, HfSampler, Sampling, VllmSampler, load_model, load_tokenizer  # noqa: E402
-from common import render_chat, save_checkpoint  # noqa: E402
+from common import PRESETS, HfSampler, Sampling, VllmSampler, load_model  # noqa: E402
+from common import save_checkpoint  # noqa: E402
 
-PROMPTS = [json.loads(line)["prompt"] for line in open("tiny/prompts/test_wrapped.jsonl")][::40]
+PROMPT = json.loads(next(open("tiny/prompts/test_wrapped.jsonl")))["prompt"]
 
 
 @pytest.fixture(scope="module")
-def setup():
-    tokenizer = load_tokenizer("tiny/lrm")
-    requests = [(str(i), render_chat(tokenizer, [{"role": "user", "content": p}])[0]) for i, p in enumerate(PROMPTS)]
+def setup(tokenizer, requests):
     engine = VllmSampler("tiny/lrm", tokenizer)
     yield HfSampler(load_model("tiny/lrm"), tokenizer, 32_768), engine, requests
     engine.close()
@@ -36,22 +34,13 @@ def test_greedy_text_equals_our_loop(setup):
 def test_log_probs_are_those_of_a_full_forward_pass(setup):
     ours, theirs, requests = setup
     for index, samples in theirs.generate(requests, 2, Sampling(20, 0.7, seed=5)):
-        prompt = requests[index][1]
         for sample in samples:
-            logits = ours.model(input_ids=torch.tensor([prompt + sample.ids])).logits[0, len(prompt) - 1 : -1] / 0.7
-            expected = logits.log_softmax(-1).gather(1, torch.tensor(sample.ids).unsqueeze(1)).squeeze(1)
-            torch.testing.assert_close(torch.tensor(sample.log_probs), expected, atol=2e-3, rtol=0)
+            assert_log_probs(ours.model, requests[index][1], sample, 0.7, 2e-3)
 
 
 def test_seeds_belong_to_the_request(setup):
     _, theirs, requests = setup
-    hot = Sampling(30, 1.5, seed=1)
-    together = dict(theirs.generate(requests, 3, hot))
-    [alone] = dict(theirs.generate(requests[2:3], 3, hot)).values()
-    assert [s.ids for s in alone] == [s.ids for s in together[2]]
-    assert len({tuple(s.ids) for samples in together.values() for s in samples}) > len(requests)
-    other = dict(theirs.generate(requests, 3, hot._replace(seed=2)))
-    assert any(a.ids != b.ids for i in other for a, b in zip(other[i], together[i]))
+    assert_seeds_belong_to_requests(theirs, requests)
 
 
 def test_long_prompts_and_stop_tokens(setup):
@@ -63,7 +52,7 @@ def test_long_prompts_and_stop_tokens(setup):
     greedy, long = Sampling(4, 0.0), [("long", words[: room - 4])]
     [[(_, [a])], [(_, [b])]] = (list(engine.generate(long, 1, greedy)) for engine in (ours, theirs))
     assert a.ids == b.ids and len(b.ids) <= 4
-    chats = [("0", [{"role": "user", "content": PROMPTS[0]}]), ("1", [{"role": "user", "content": "midumon " * room}])]
+    chats = [("0", [{"role": "user", "content": PROMPT}]), ("1", [{"role": "user", "content": "midumon " * room}])]
     for engine in (ours, theirs):
         [(_, [reply])] = engine.replies(chats[:1], 1, Sampling(60, 0.0))
         assert reply.sample.ids[-1] in engine.eos and reply.finish == "stop" and reply.tokens == len(reply.sample.ids)
