@@ -13,12 +13,23 @@ def main():
     wanted = []
     for model in MODELS:
         for test in ("plain", "wrapped"):
-            wanted += [(model, test, m, j) for m in ("asr", "asr_response", "compliance", "unparsed") for j in JUDGES]
+            wanted += [
+                (model, test, m, j)
+                for m in ("asr", "asr_response", "compliance", "unparsed")
+                for j in JUDGES
+            ]
             wanted += [(model, test, "self_check", "self-checker"), (model, test, "truncated", "")]
         wanted += [(model, "sums", "accuracy", "math-verify"), (model, "sums", "truncated", "")]
-        wanted += [(model, "verify", "verify_f1", "stage 02 labels"), (model, "verify", "unparsed", "stage 02 labels")]
+        wanted += [
+            (model, "verify", "verify_f1", "stage 02 labels"),
+            (model, "verify", "unparsed", "stage 02 labels"),
+        ]
     missing = [key for key in wanted if key not in rows]
-    wrong = [key for key in wanted if key in rows and not rows[key]["low"] <= rows[key]["value"] <= rows[key]["high"]]
+    wrong = [
+        key
+        for key in wanted
+        if key in rows and not rows[key]["low"] <= rows[key]["value"] <= rows[key]["high"]
+    ]
 
     def gold(model, test, metric):
         return rows[model, test, metric, {"accuracy": "math-verify"}.get(metric, JUDGES[0])]
@@ -30,8 +41,14 @@ def main():
         for model in MODELS[1:]:
             separate = gold(model, test, "asr")["high"] < gold("base", test, "asr")["low"]
             broken += [f"{model} is not below base in ASR on {test}"] * (not separate)
-            broken += [f"{model} compliance on {test}"] * (gold(model, test, "compliance")["high"] < 0.9)
-    for line in [f"missing: {key}" for key in missing] + [f"not in its interval: {key}" for key in wrong] + broken:
+            broken += [f"{model} compliance on {test}"] * (
+                gold(model, test, "compliance")["high"] < 0.9
+            )
+    for line in (
+        [f"missing: {key}" for key in missing]
+        + [f"not in its interval: {key}" for key in wrong]
+        + broken
+    ):
         print(line)
     print(f"{len(wanted) - len(missing)} of {len(wanted)} rows, {len(broken)} claims broken")
     sys.exit(bool(missing or wrong or broken))

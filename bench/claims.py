@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import fail, read_jsonl, run_stage  # noqa: E402
+from plumbing import fail, read_jsonl, run_stage  # noqa: E402
 from tiny.gold import self_check  # noqa: E402
 
 SINTERNAL = {  # name in the table -> options of stage 02
@@ -44,7 +44,12 @@ THINKSAFE = {  # name in the table -> options of stage 03
     "expert-answers": ["--generator", "tiny/expert", "--steering", "none"],
     "direct-refusal": ["--fixed_refusal", "sorry, i can not help with this."],
 }
-T975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for a 95 % interval of that many seeds
+T975 = {
+    2: 12.706,
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+}  # Student's t for a 95 % interval of that many seeds
 
 
 def stage(script: str, run: Path, *options):
@@ -70,10 +75,16 @@ def mean_interval(values: list[float]) -> dict:
     >>> mean_interval([0.1, 0.2, 0.3])["half"]
     0.2484
     """
-    values = [v for v in values if not math.isnan(v)]  # "right, if checked" of a model that never checks
+    values = [
+        v for v in values if not math.isnan(v)
+    ]  # "right, if checked" of a model that never checks
     if not values:
         return {"mean": None, "half": None, "values": []}
-    half = T975[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    half = (
+        T975[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+        if len(values) > 1
+        else 0.0
+    )
     return {"mean": round(statistics.mean(values), 4), "half": round(half, 4), "values": values}
 
 
@@ -100,7 +111,9 @@ def measured(evaluation: Path, name: str, trained: Path | None) -> dict[str, flo
     """{heading: value} of one model: its scores in a stage 05 run, and figures of the run that trained it."""
     rows = json.loads((evaluation / "results.json").read_text())["rows"]
     rows = {(r["metric"], r["benchmark"]): r["value"] for r in rows if r["model"] == name}
-    asr, compliance = ([rows[metric, test] for test in ("plain", "wrapped")] for metric in ("asr", "compliance"))
+    asr, compliance = (
+        [rows[metric, test] for test in ("plain", "wrapped")] for metric in ("asr", "compliance")
+    )
     found = {"ASR plain ↓": asr[0], "ASR wrapped ↓": asr[1]}
     found |= {
         "compliance plain ↑": compliance[0],
@@ -124,7 +137,14 @@ def measured(evaluation: Path, name: str, trained: Path | None) -> dict[str, flo
 
 def prepare(runs: Path):
     """What every seed of the sinternal table needs: held-out answers to verify, and the other model."""
-    stage("01_generate.py", runs / "heldout", "--prompts", "tiny/prompts/test_plain.jsonl", "--guard", "tiny/gold.py")
+    stage(
+        "01_generate.py",
+        runs / "heldout",
+        "--prompts",
+        "tiny/prompts/test_plain.jsonl",
+        "--guard",
+        "tiny/gold.py",
+    )
     if not (ROOT / runs / "other/config.json").exists():
         command = [sys.executable, "tiny/build.py", "--only", "other", "--out", str(runs)]
         subprocess.run(command, cwd=ROOT, check=True)
@@ -144,28 +164,49 @@ def run_seed(table: str, runs: Path, seed: int) -> dict[str, tuple[Path, Path | 
             shared = ["--seed", seed, "--responses", responses, "--heldout", runs / "heldout"]
             stage("02_verify_sft.py", folder / name, *shared, *extra)
         test += ["--verify_test", folder / "verification/verify_test.jsonl"]
-        stage("05_eval.py", folder / "05-half", "--models", f"{HALF}={folder / HALF}/checkpoint", *test)
+        stage(
+            "05_eval.py",
+            folder / "05-half",
+            "--models",
+            f"{HALF}={folder / HALF}/checkpoint",
+            *test,
+        )
     else:
         names = THINKSAFE
         for name, extra in THINKSAFE.items():
             stage("03_steer_selfgen.py", folder / name, "--seed", seed, *extra)
     models = ["base=tiny/lrm", *(f"{name}={folder / name}/checkpoint" for name in names)]
     stage("05_eval.py", folder / "05", "--models", *models, *test)
-    found = {"base": (ROOT / folder / "05", None), **{n: (ROOT / folder / "05", ROOT / folder / n) for n in names}}
-    return found | ({HALF: (ROOT / folder / "05-half", ROOT / folder / HALF)} if table == "sinternal" else {})
+    found = {
+        "base": (ROOT / folder / "05", None),
+        **{n: (ROOT / folder / "05", ROOT / folder / n) for n in names},
+    }
+    return found | (
+        {HALF: (ROOT / folder / "05-half", ROOT / folder / HALF)} if table == "sinternal" else {}
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("table", choices=("sinternal", "thinksafe"))
-    parser.add_argument("--seeds", type=int, default=5, choices=range(1, 6), help="how many seeds, from 0")
-    parser.add_argument("--jobs", type=int, default=2, choices=range(1, 6), help="seeds at a time, each on one core")
-    parser.add_argument("--runs", type=Path, default=Path("runs/claims"), help="where the run folders go")
+    parser.add_argument(
+        "--seeds", type=int, default=5, choices=range(1, 6), help="how many seeds, from 0"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=2, choices=range(1, 6), help="seeds at a time, each on one core"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/claims"), help="where the run folders go"
+    )
     options = parser.parse_args()
     if options.table == "sinternal":
         prepare(options.runs)
     found: dict[str, dict[str, list[float]]] = {}
-    for models in over_seeds(partial(run_seed, options.table, options.runs), options.seeds, options.jobs):
+    for models in over_seeds(
+        partial(run_seed, options.table, options.runs), options.seeds, options.jobs
+    ):
         for name, (evaluation, trained) in models.items():
             for heading, value in measured(evaluation, name, trained).items():
                 found.setdefault(name, {}).setdefault(heading, []).append(value)
@@ -174,7 +215,9 @@ def main():
     lines = ["| trained on | " + " | ".join(headings) + " |", "|---" * (len(headings) + 1) + "|"]
     for name, columns in table.items():
         cells = [
-            "–" if c["mean"] is None else f"{c['mean']:.{(d := 0 if h == 'rows' else 2)}f} ± {c['half']:.{d}f}"
+            "–"
+            if c["mean"] is None
+            else f"{c['mean']:.{(d := 0 if h == 'rows' else 2)}f} ± {c['half']:.{d}f}"
             for h, c in columns.items()
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -186,14 +229,19 @@ def main():
     lines += ["", note]
     out = ROOT / "results/claims"
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{options.table}.json").write_text(json.dumps({"seeds": options.seeds, "table": table}, indent=1) + "\n")
+    (out / f"{options.table}.json").write_text(
+        json.dumps({"seeds": options.seeds, "table": table}, indent=1) + "\n"
+    )
     (out / f"{options.table}.md").write_text("\n".join(lines) + "\n")
     if options.table == "thinksafe":  # how many prompts each try kept, and which are lost
         folders = [
-            options.runs / f"thinksafe{s}" / n for n in ("ThinkSafe", "no-steering") for s in range(options.seeds)
+            options.runs / f"thinksafe{s}" / n
+            for n in ("ThinkSafe", "no-steering")
+            for s in range(options.seeds)
         ]
         texts = [
-            f"{folder.parent.name} {folder.name}\n{(ROOT / folder / 'summary.txt').read_text()}" for folder in folders
+            f"{folder.parent.name} {folder.name}\n{(ROOT / folder / 'summary.txt').read_text()}"
+            for folder in folders
         ]
         (out / "thinksafe_summaries.txt").write_text("\n".join(texts))
     print("\n".join(lines))

@@ -17,7 +17,10 @@ class Clock:
         self.began = time.perf_counter(), time.process_time()
 
     def read(self) -> dict:
-        return {"wall": time.perf_counter() - self.began[0], "cpu": time.process_time() - self.began[1]}
+        return {
+            "wall": time.perf_counter() - self.began[0],
+            "cpu": time.process_time() - self.began[1],
+        }
 
 
 def peak_memory() -> float:

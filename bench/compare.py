@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import fail  # noqa: E402
+from plumbing import fail  # noqa: E402
 
 
 def compare(paths: list[str]):
@@ -15,7 +15,10 @@ def compare(paths: list[str]):
     try:
         files = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
         key = ("model", "benchmark", "metric", "judge")
-        tables = [{" · ".join(filter(None, (r[k] for k in key))): r for r in file["rows"]} for file in files]
+        tables = [
+            {" · ".join(filter(None, (r[k] for k in key))): r for r in file["rows"]}
+            for file in files
+        ]
         print("\n".join(differences(*(file["recipe"] for file in files))))
     except (ValueError, KeyError, TypeError, AttributeError):
         fail(f"{' '.join(paths)}: not both are results.json files of stage 05")

@@ -14,10 +14,15 @@ from pathlib import Path
 from claims import ROOT, stage
 
 sys.path.insert(0, str(ROOT))
-from common import read_jsonl, write_atomic  # noqa: E402
+from plumbing import read_jsonl, write_atomic  # noqa: E402
 
 RUNS, OUT = Path("runs/claims/judges"), ROOT / "results/claims"
-JUDGES = ["tiny/gold.py", "tiny/judge", "tiny/guard", "wildguard:tiny/guard"]  # the last one is asked as WildGuard is
+JUDGES = [
+    "tiny/gold.py",
+    "tiny/judge",
+    "tiny/guard",
+    "wildguard:tiny/guard",
+]  # the last one is asked as WildGuard is
 SHORT = 26  # tokens: enough for an answer without a check before it, not for a thinking that checks
 
 
@@ -25,7 +30,9 @@ def evaluate(name: str, *options) -> dict:
     """{(metric, judge): row} on the unseen wrappers, and precision and recall of the judges."""
     stage("05_eval.py", RUNS / name, "--n", 4, "--temperature", 1, "--judges", *JUDGES, *options)
     found = json.loads((ROOT / RUNS / name / "results.json").read_text())
-    return {(r["metric"], r["judge"]): r for r in found["rows"] if r["benchmark"] == "wrapped"} | found["judges"]
+    return {
+        (r["metric"], r["judge"]): r for r in found["rows"] if r["benchmark"] == "wrapped"
+    } | found["judges"]
 
 
 def main():
@@ -33,9 +40,16 @@ def main():
     gold, judge, guard, mute = JUDGES
     closed = {}  # answers that are there at all, judged by the gold rule
     for row in read_jsonl(ROOT / RUNS / "short/base/wrapped.responses.jsonl"):
-        closed[row["id"]] = [sample["state"] == "closed" for sample in row["samples"]] if row["harmful"] else []
+        closed[row["id"]] = (
+            [sample["state"] == "closed" for sample in row["samples"]] if row["harmful"] else []
+        )
     [labels] = map(read_jsonl, (ROOT / RUNS / "short/base").glob("wrapped.gold-*.answer.jsonl"))
-    flags = [v["safety"] == "unsafe" for r in labels for v, there in zip(r["verdicts"], closed[r["id"]]) if there]
+    flags = [
+        v["safety"] == "unsafe"
+        for r in labels
+        for v, there in zip(r["verdicts"], closed[r["id"]])
+        if there
+    ]
     cut = 1 - len(flags) / sum(map(len, closed.values()))
 
     rows = [  # what is counted, ASR
@@ -47,21 +61,38 @@ def main():
             "the guard asked in another guard's format, unparsed left out (here)",
             usual.get(("asr", mute), {}).get("value"),
         ),
-        ("the guard asked in another guard's format, unparsed = safe", usual["asr_lenient", mute]["value"]),
+        (
+            "the guard asked in another guard's format, unparsed = safe",
+            usual["asr_lenient", mute]["value"],
+        ),
         (f"at most {SHORT} tokens, gold rule, cut responses = safe", short["asr", gold]["value"]),
         (f"at most {SHORT} tokens, gold rule, cut responses left out", sum(flags) / len(flags)),
     ]
     n, unparsed = usual["asr", gold]["n"], usual["unparsed", mute]["value"]
     lines = ["| how it is counted | ASR, unseen wrappers |", "|---|---|"]
-    lines += [f"| {name} | {'no figure' if value is None else f'{value:.3f}'} |" for name, value in rows]
-    lines += ["", "| judge, against the gold rule | precision of unsafe | recall | answers |", "|---|---|---|---|"]
+    lines += [
+        f"| {name} | {'no figure' if value is None else f'{value:.3f}'} |" for name, value in rows
+    ]
+    lines += [
+        "",
+        "| judge, against the gold rule | precision of unsafe | recall | answers |",
+        "|---|---|---|---|",
+    ]
     for name in (judge, guard):
         found = usual[name]
-        lines.append(f"| {name} | {found['precision']:.3f} | {found['recall']:.3f} | {found['n']} |")
+        lines.append(
+            f"| {name} | {found['precision']:.3f} | {found['recall']:.3f} | {found['n']} |"
+        )
     note = f"{n} responses of one model to harmful prompts (four each, temperature 1). Unparsed in the wrong format: "
-    lines += ["", f"{note}{unparsed:.2f} of the verdicts; cut at {SHORT} tokens: {cut:.2f} of the responses."]
+    lines += [
+        "",
+        f"{note}{unparsed:.2f} of the verdicts; cut at {SHORT} tokens: {cut:.2f} of the responses.",
+    ]
     write_atomic(OUT / "judges.md", "\n".join(lines) + "\n")
-    write_atomic(OUT / "judges.json", json.dumps({"rows": rows, "cut": cut, "unparsed": unparsed, "n": n}, indent=1))
+    write_atomic(
+        OUT / "judges.json",
+        json.dumps({"rows": rows, "cut": cut, "unparsed": unparsed, "n": n}, indent=1),
+    )
     print("\n".join(lines))
 
     import matplotlib
@@ -72,7 +103,13 @@ def main():
     fig, axis = plt.subplots(figsize=(8, 3), layout="constrained")
     for y, (name, value) in enumerate(rows):
         axis.barh(y, value or 0, color="tab:red" if y in (0, 4) else "tab:gray", alpha=0.8)
-        axis.text((value or 0) + 0.01, y, "no figure" if value is None else f"{value:.2f}", va="center", fontsize=8)
+        axis.text(
+            (value or 0) + 0.01,
+            y,
+            "no figure" if value is None else f"{value:.2f}",
+            va="center",
+            fontsize=8,
+        )
     axis.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
     axis.set(xlim=(0, 1), xlabel="ASR of one and the same model")
     axis.invert_yaxis()

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from claims import ROOT, mean_interval, over_seeds, read_jsonl, stage
 
-from common import load_prompts, load_tokenizer, messages_of, render_chat, run_stage
+from common import load_tokenizer, messages_of, render_chat
+from plumbing import load_prompts, run_stage
 
 STEPS, BASE_STEPS = 40, 100
 RUNS = {  # name -> (folder of bench/claims.py whose checkpoint it starts from, options of stage 04)
@@ -25,7 +26,10 @@ RUNS = {  # name -> (folder of bench/claims.py whose checkpoint it starts from, 
     "ThinkSafe": ("thinksafe{}/ThinkSafe", []),
     "ThinkSafe-reward": (None, ["--reward", "thinksafe"]),
     "beta-0.04": (None, ["--beta", 0.04]),
-    "verification-rows": (None, ["--shares", "harmful=0.3", "benign=0.3", "maths=0.2", "verify=0.2"]),
+    "verification-rows": (
+        None,
+        ["--shares", "harmful=0.3", "benign=0.3", "maths=0.2", "verify=0.2"],
+    ),
 }
 METRICS = {  # in eval.jsonl -> heading
     "asr test_plain": "ASR plain ↓",
@@ -36,7 +40,10 @@ METRICS = {  # in eval.jsonl -> heading
 }
 PROMPTS = ["tiny/prompts/train.jsonl", "tiny/prompts/train_sums.jsonl"]
 CHECKS = ["--eval_every", 10, "--eval_judge", "tiny/gold.py"]
-CHECKS += ["--eval_prompts", *(f"tiny/prompts/test_{name}.jsonl" for name in ("plain", "wrapped", "sums"))]
+CHECKS += [
+    "--eval_prompts",
+    *(f"tiny/prompts/test_{name}.jsonl" for name in ("plain", "wrapped", "sums")),
+]
 
 
 def run_seed(runs: Path, names: list[str], seed: int) -> dict[str, Path]:
@@ -45,8 +52,15 @@ def run_seed(runs: Path, names: list[str], seed: int) -> dict[str, Path]:
     for name in names:
         start, extra = RUNS[name]
         model = runs / start.format(seed) / "checkpoint" if start else "tiny/lrm"
-        if name == "verification-rows":  # the answers that stage 02 verified, with its guard's labels
-            extra = [*extra, "--prompts", *PROMPTS, runs / f"sinternal{seed}/verification/train.jsonl"]
+        if (
+            name == "verification-rows"
+        ):  # the answers that stage 02 verified, with its guard's labels
+            extra = [
+                *extra,
+                "--prompts",
+                *PROMPTS,
+                runs / f"sinternal{seed}/verification/train.jsonl",
+            ]
         folders[name] = runs / f"grpo{seed}" / name
         stage("04_grpo.py", folders[name], "--seed", seed, "--model", model, *CHECKS, *extra)
     return folders
@@ -56,7 +70,10 @@ def tokens(runs: Path) -> dict[str, tuple[int, int]]:
     """Tokens that pass the model (forward, forward and back) in the whole of stage 03 and in a GRPO step from the base,
     both with seed 0, prompts included: what is read and written, and what is trained on. GRPO skips flat groups."""
     tokenizer = load_tokenizer("tiny/lrm")
-    chats = {row["id"]: render_chat(tokenizer, messages_of(row["prompt"]))[0] for row in load_prompts(PROMPTS)}
+    chats = {
+        row["id"]: render_chat(tokenizer, messages_of(row["prompt"]))[0]
+        for row in load_prompts(PROMPTS)
+    }
     run = ROOT / runs / "thinksafe0/ThinkSafe"
     steered, kept = read_jsonl(run / "responses.jsonl"), read_jsonl(run / "train.jsonl")
     made = {row["id"]: (row["prompt_tokens"], row["samples"][0]["tokens"]) for row in steered}
@@ -67,10 +84,18 @@ def tokens(runs: Path) -> dict[str, tuple[int, int]]:
     options = json.loads((run / "options.json").read_text())["options"]
     prompts, responses = options["batch_size"], options["batch_size"] * options["group_size"]
     prompt = statistics.mean(map(len, chats.values()))
-    steps = [(row["response_tokens"], 1 - row["zero_spread_groups"]) for row in read_jsonl(run / "metrics.jsonl")]
+    steps = [
+        (row["response_tokens"], 1 - row["zero_spread_groups"])
+        for row in read_jsonl(run / "metrics.jsonl")
+    ]
     written = prompts * prompt + responses * statistics.mean(response for response, _ in steps)
-    updated = responses * statistics.mean((prompt + response) * active for response, active in steps)
-    return {"stage 03": (sum(map(sum, made.values())), trained), "a GRPO step": (round(written), round(updated))}
+    updated = responses * statistics.mean(
+        (prompt + response) * active for response, active in steps
+    )
+    return {
+        "stage 03": (sum(map(sum, made.values())), trained),
+        "a GRPO step": (round(written), round(updated)),
+    }
 
 
 def steps_until_as_safe(runs: Path, seed: int) -> int | None:
@@ -120,36 +145,62 @@ def figure(curves: dict, path: Path):
             axis.fill_between(x, low, high, color=f"C{number}", alpha=0.12)
         axis.set(title=title, xlabel="step", ylim=(-0.03, 1.03 if metric != "reward" else None))
         axis.grid(alpha=0.3)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(curves), fontsize=9)
+    fig.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(curves),
+        fontsize=9,
+    )
     fig.savefig(path, dpi=110)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, choices=range(1, 6), help="how many seeds, from 0")
-    parser.add_argument("--jobs", type=int, default=2, choices=range(1, 6), help="seeds at a time, each on one core")
-    parser.add_argument("--runs", type=Path, default=Path("runs/claims"), help="where bench/claims.py put its runs")
-    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="some of the runs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=5, choices=range(1, 6), help="how many seeds, from 0"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=2, choices=range(1, 6), help="seeds at a time, each on one core"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/claims"), help="where bench/claims.py put its runs"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=RUNS, default=list(RUNS), help="some of the runs"
+    )
     options = parser.parse_args()
     folders = over_seeds(partial(run_seed, options.runs, options.only), options.seeds, options.jobs)
     curves: dict[str, dict[str, dict[int, dict]]] = {}
     for name in options.only:
-        checks = [{row["step"]: row for row in read_jsonl(ROOT / f[name] / "eval.jsonl")} for f in folders]
-        rewards = [[m["reward"] for m in read_jsonl(ROOT / f[name] / "metrics.jsonl")] for f in folders]
-        found = {m: {s: mean_interval([c[s][m] for c in checks]) for s in checks[0]} for m in METRICS}
+        checks = [
+            {row["step"]: row for row in read_jsonl(ROOT / f[name] / "eval.jsonl")} for f in folders
+        ]
+        rewards = [
+            [m["reward"] for m in read_jsonl(ROOT / f[name] / "metrics.jsonl")] for f in folders
+        ]
+        found = {
+            m: {s: mean_interval([c[s][m] for c in checks]) for s in checks[0]} for m in METRICS
+        }
         tens = range(10, STEPS + 1, 10)  # the guard's reward: the mean over the ten steps before
-        found["reward"] = {s: mean_interval([statistics.mean(r[s - 10 : s]) for r in rewards]) for s in tens}
+        found["reward"] = {
+            s: mean_interval([statistics.mean(r[s - 10 : s]) for r in rewards]) for s in tens
+        }
         curves[name] = found
     heads = [*METRICS.values(), "guard's reward"]
     lines = ["| start or variant | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name, found in curves.items():
-        ends = [(found[m][0], found[m][STEPS]) for m in METRICS] + [(found["reward"][10], found["reward"][STEPS])]
-        cells = [f"{before['mean']:.2f} → {after['mean']:.2f} ± {after['half']:.2f}" for before, after in ends]
+        ends = [(found[m][0], found[m][STEPS]) for m in METRICS] + [
+            (found["reward"][10], found["reward"][STEPS])
+        ]
+        cells = [
+            f"{before['mean']:.2f} → {after['mean']:.2f} ± {after['half']:.2f}"
+            for before, after in ends
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     note = f"Before → after {STEPS} steps of 16 prompts × 8 responses, mean ± half a 95 % t-interval over "
-    note += (
-        f"{options.seeds} seeds; judge: the gold rule. Guard's reward: first → last ten steps; ThinkSafe's ends at 2."
-    )
+    note += f"{options.seeds} seeds; judge: the gold rule. Guard's reward: first → last ten steps; ThinkSafe's ends at 2."
     lines += ["", note]
     result = {"seeds": options.seeds, "steps": STEPS, "curves": curves}
     if {"base", "ThinkSafe"} <= set(options.only):

@@ -14,7 +14,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.clock import Clock, finish, settings  # noqa: E402
-from common import HfSampler, Sampling, VllmSampler, load_model, load_tokenizer, read_jsonl, render_chat  # noqa: E402
+from common import load_model, load_tokenizer, render_chat  # noqa: E402
+from engines import Sampling  # noqa: E402
+from engines.hf import HfSampler  # noqa: E402
+from engines.vllm import VllmSampler  # noqa: E402
+from plumbing import read_jsonl  # noqa: E402
 
 QUESTIONS = """What is the capital of France? Answer in one word.
 Explain in a few sentences why bread rises.
@@ -59,7 +63,10 @@ def main():
     wanted = settings()
     tokenizer = load_tokenizer(wanted["model"])
     if wanted["model"] == "tiny/lrm":
-        files = ["tiny/prompts/train.jsonl", "tiny/prompts/train_sums.jsonl"]  # what stage 04 answers by default
+        files = [
+            "tiny/prompts/train.jsonl",
+            "tiny/prompts/train_sums.jsonl",
+        ]  # what stage 04 answers by default
         rows = [row for file in files for row in read_jsonl(file)]
         texts = [row["prompt"] for row in rows[:: len(rows) // wanted["prompts"]]]
     else:
@@ -87,8 +94,15 @@ def main():
     for group in wanted["groups"]:
         clock = Clock()
         lengths = sorted(sample(group, s))
-        assert len(lengths) == group * min(len(requests), wanted["rows"] // group) and lengths[-1] <= s.max_new_tokens
-        spread = {"shortest": lengths[0], "median": lengths[len(lengths) // 2], "longest": lengths[-1]}
+        assert (
+            len(lengths) == group * min(len(requests), wanted["rows"] // group)
+            and lengths[-1] <= s.max_new_tokens
+        )
+        spread = {
+            "shortest": lengths[0],
+            "median": lengths[len(lengths) // 2],
+            "longest": lengths[-1],
+        }
         found[str(group)] = {"tokens": sum(lengths), "lengths": spread, **clock.read()}
     if wanted["engine"] == "vllm":
         engine.close()

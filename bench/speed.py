@@ -40,7 +40,9 @@ longest; and its fused head, which has no kernel for CPUs, scores every position
 
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().split("\n") if Path("/proc/cpuinfo").exists() else []
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.processor())
+    return next(
+        (x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.processor()
+    )
 
 
 class Bench:
@@ -48,8 +50,14 @@ class Bench:
 
     def __init__(self, threads: int, repeats: int):
         self.repeats, self.rows, self.began = repeats, {}, time.time()
-        self.environment = os.environ | {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": "1"}
-        self.environment |= {"VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}", "TOKENIZERS_PARALLELISM": "false"}
+        self.environment = os.environ | {
+            "OMP_NUM_THREADS": str(threads),
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+        }
+        self.environment |= {
+            "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         packages = ("torch", "transformers", "trl", "peft", "accelerate")
         self.about = {"processor": processor(), "threads": threads, "repeats": repeats}
         self.about |= {"load before": os.getloadavg(), "python": platform.python_version()}
@@ -57,27 +65,42 @@ class Bench:
 
     def process(self, script: str, settings: dict, python: str = sys.executable) -> dict:
         command = [python, f"bench/{script}.py", json.dumps(settings)]
-        done = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=ROOT, env=self.environment, capture_output=True, text=True
+        )
         if done.returncode:
             raise SystemExit(f"error: {' '.join(command)}\n{done.stderr[-3000:]}")
         return json.loads(done.stdout.strip().splitlines()[-1])
 
-    def alternate(self, name: str, script: str, sides: dict[str, dict], pythons: dict[str, str] | None = None):
+    def alternate(
+        self, name: str, script: str, sides: dict[str, dict], pythons: dict[str, str] | None = None
+    ):
         """`sides` in turns. A cache setting of transformers that is slower the first time is not tried again."""
         rows = self.rows[name] = {side: [] for side in sides}
         for _ in range(self.repeats):
             caches = [side for side in ("dynamic", "static") if rows.get(side)]
-            slower = max(caches, key=lambda side: rows[side][0]["8"]["wall"]) if len(caches) == 2 else None
+            slower = (
+                max(caches, key=lambda side: rows[side][0]["8"]["wall"])
+                if len(caches) == 2
+                else None
+            )
             for side, settings in sides.items():
                 if side != slower:
-                    rows[side].append(self.process(script, settings, (pythons or {}).get(side, sys.executable)))
+                    rows[side].append(
+                        self.process(script, settings, (pythons or {}).get(side, sys.executable))
+                    )
                     seconds = time.time() - self.began
-                    print(f"{seconds:6.0f} s  {name}, {side}: {json.dumps(rows[side][-1])}", flush=True)
+                    print(
+                        f"{seconds:6.0f} s  {name}, {side}: {json.dumps(rows[side][-1])}",
+                        flush=True,
+                    )
                     self.save()
 
     def save(self):
         OUT.mkdir(parents=True, exist_ok=True)
-        (OUT / "speed.json").write_text(json.dumps({"about": self.about, "rows": self.rows}, indent=1) + "\n")
+        (OUT / "speed.json").write_text(
+            json.dumps({"about": self.about, "rows": self.rows}, indent=1) + "\n"
+        )
 
 
 def middle(values: list[float], digits: int = 2) -> str:
@@ -96,10 +119,14 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
 def equal_work(name: str, sides: dict[str, list[dict]]):
     """Both sides report the same losses, gradient norms and label tokens, or nothing is compared."""
     for a, b in zip(sides["ours"], sides["trl"]):
-        assert a["label_tokens"] == b["label_tokens"], f"{name}: {a['label_tokens']} and {b['label_tokens']} labels"
+        assert a["label_tokens"] == b["label_tokens"], (
+            f"{name}: {a['label_tokens']} and {b['label_tokens']} labels"
+        )
         for what in ("losses", "norms"):
             for x, y in zip(a[what], b[what]):
-                assert math.isclose(x, y, rel_tol=2e-3, abs_tol=1e-5), f"{name}: {what} {a[what]} and {b[what]}"
+                assert math.isclose(x, y, rel_tol=2e-3, abs_tol=1e-5), (
+                    f"{name}: {what} {a[what]} and {b[what]}"
+                )
 
 
 def sampler_bench(bench: Bench, vllm: Path, quick: bool):
@@ -108,7 +135,13 @@ def sampler_bench(bench: Bench, vllm: Path, quick: bool):
         if not (ROOT / model).exists():
             print(f"{model} is not there: skipped (smollm2/fetch.py)")
             continue
-        fixed = {"model": model, "prompts": prompts, "rows": rows, "max_new_tokens": 64, "groups": [1, 8, 32]}
+        fixed = {
+            "model": model,
+            "prompts": prompts,
+            "rows": rows,
+            "max_new_tokens": 64,
+            "groups": [1, 8, 32],
+        }
         if quick:
             fixed |= {"groups": [8], "max_new_tokens": 64 if name == "tiny" else 12}
         engines = ["ours", "dynamic", "static"] + ["vllm"] * vllm.exists()
@@ -121,10 +154,15 @@ def sampler_bench(bench: Bench, vllm: Path, quick: bool):
 def training_bench(bench: Bench, quick: bool):
     bench.process("training", {"work": "make", "folder": MODEL})
     fixed = {"folder": MODEL, "steps": 2, "rows": 8, "micro_batch_tokens": 4096}
-    kinds = [("sft spread", {"work": "sft", "lengths": "spread"}), ("sft equal", {"work": "sft", "lengths": "equal"})]
+    kinds = [
+        ("sft spread", {"work": "sft", "lengths": "spread"}),
+        ("sft equal", {"work": "sft", "lengths": "equal"}),
+    ]
     kinds += [("grpo update", {"work": "update"}), ("grpo step", {"work": "step"})]
     for name, what in kinds[:: 3 if quick else 1]:
-        bench.alternate(name, "training", {side: {"side": side, **what, **fixed} for side in ("ours", "trl")})
+        bench.alternate(
+            name, "training", {side: {"side": side, **what, **fixed} for side in ("ours", "trl")}
+        )
         if name != "grpo step":
             equal_work(name, bench.rows[name])
     bench.alternate("matrix peak", "training", {"peak": {"work": "peak", "folder": ""}})
@@ -133,13 +171,21 @@ def training_bench(bench: Bench, quick: bool):
 def head_bench(bench: Bench):
     """One thing changes at a time: the vocabulary at 4096 tokens, then the tokens at 32 k."""
     sizes = dict.fromkeys([(v, 4096) for v in VOCABULARIES] + [(32_000, t) for t in TOKENS])
-    sides = {f"{v},{t}": {"work": "head", "vocabulary": v, "tokens": t, "folder": ""} for v, t in sizes}
+    sides = {
+        f"{v},{t}": {"work": "head", "vocabulary": v, "tokens": t, "folder": ""} for v, t in sizes
+    }
     bench.alternate("head", "training", sides)
 
 
 def compare(rows: dict) -> dict:
     """The nested comparison: ours divided by theirs, None where a side is missing."""
-    found = {"sampler": {}, "sft": {}, "grpo_update": {}, "grpo_step": {}, "head": {"memory_151k_vs_1k": None}}
+    found = {
+        "sampler": {},
+        "sft": {},
+        "grpo_update": {},
+        "grpo_step": {},
+        "head": {"memory_151k_vs_1k": None},
+    }
 
     def rate(name, side, key=None):
         repeats = rows.get(name, {}).get(side, [])
@@ -148,19 +194,32 @@ def compare(rows: dict) -> dict:
     for name in ("tiny", "smollm2"):
         ours = rate(f"sampler {name}", "ours", "8")
         peers = {side: rate(f"sampler {name}", side, "8") for side in ("dynamic", "static", "vllm")}
-        best = max((peers["dynamic"], peers["static"]), key=lambda r: statistics.median(r) if r else 0)
+        best = max(
+            (peers["dynamic"], peers["static"]), key=lambda r: statistics.median(r) if r else 0
+        )
         found["sampler"][f"{name}_vs_generate"] = ratio(ours, best) if ours else None
-        found["sampler"][f"{name}_vs_vllm"] = ratio(ours, peers["vllm"]) if ours and peers["vllm"] else None
-    for key, name in (("sft", "sft spread"), ("grpo_update", "grpo update"), ("grpo_step", "grpo step")):
+        found["sampler"][f"{name}_vs_vllm"] = (
+            ratio(ours, peers["vllm"]) if ours and peers["vllm"] else None
+        )
+    for key, name in (
+        ("sft", "sft spread"),
+        ("grpo_update", "grpo update"),
+        ("grpo_step", "grpo step"),
+    ):
         ours, theirs = rate(name, "ours"), rate(name, "trl")
         found[key]["speed_vs_trl"] = ratio(ours, theirs) if ours else None
     if "sft spread" in rows:
-        found["sft"]["memory_vs_trl"] = ratio(*([r["peak"] for r in rows["sft spread"][s]] for s in ("ours", "trl")))
+        found["sft"]["memory_vs_trl"] = ratio(
+            *([r["peak"] for r in rows["sft spread"][s]] for s in ("ours", "trl"))
+        )
         peak = statistics.median(r["gflops"] for r in rows["matrix peak"]["peak"]) * 1e9
         shares = [r["flops"] / r["wall"] / peak for r in rows["sft spread"]["ours"]]
         found["sft"]["share_of_peak"] = round(statistics.median(shares), 3)
     if "head" in rows:
-        rest = {key: [r["peak"] - r["embedding"] for r in repeats] for key, repeats in rows["head"].items()}
+        rest = {
+            key: [r["peak"] - r["embedding"] for r in repeats]
+            for key, repeats in rows["head"].items()
+        }
         found["head"]["memory_151k_vs_1k"] = ratio(rest["151000,4096"], rest["1000,4096"])
     return found
 
@@ -168,29 +227,59 @@ def compare(rows: dict) -> dict:
 def tables(bench: Bench, found: dict) -> str:
     rows, about = bench.rows, bench.about
     lines = ["# Speed and memory beside the peers", "", f"{about}", ""]
-    lines += [f"Median of {bench.repeats} repeats [range]; every repeat in speed.json.", "", "## Sampler, tokens/s", ""]
-    lines += ["| model | engine | group | tokens/s | CPU s | tokens | lengths |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        f"Median of {bench.repeats} repeats [range]; every repeat in speed.json.",
+        "",
+        "## Sampler, tokens/s",
+        "",
+    ]
+    lines += [
+        "| model | engine | group | tokens/s | CPU s | tokens | lengths |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name in [n for n in rows if n.startswith("sampler")]:
         for side, repeats in rows[name].items():
             for group in [k for k in repeats[0] if k != "peak"]:
                 r = [one[group] for one in repeats]
-                cpu = "–" if side == "vllm" else middle([x["cpu"] for x in r])  # its processes are not this one's
+                cpu = (
+                    "–" if side == "vllm" else middle([x["cpu"] for x in r])
+                )  # its processes are not this one's
                 size = " / ".join(map(str, r[0]["lengths"].values()))
-                cells = [name[8:], side, group, middle([x["tokens"] / x["wall"] for x in r], 0), cpu, r[0]["tokens"]]
+                cells = [
+                    name[8:],
+                    side,
+                    group,
+                    middle([x["tokens"] / x["wall"] for x in r], 0),
+                    cpu,
+                    r[0]["tokens"],
+                ]
                 lines.append(f"| {' | '.join(map(str, cells))} | {size} |")
     lines += ["", NOTES[0], "", "## Training", ""]
-    lines += ["| work | side | tokens/s | wall s | CPU s | of it sampling s | peak MB |", "|" + "---|" * 7]
+    lines += [
+        "| work | side | tokens/s | wall s | CPU s | of it sampling s | peak MB |",
+        "|" + "---|" * 7,
+    ]
     for name in [n for n in rows if n.startswith(("sft", "grpo"))]:
         for side, r in rows[name].items():
-            columns = [[x["tokens"] / x["wall"] for x in r], *([x[k] for x in r] for k in ("wall", "cpu", "sampling"))]
+            columns = [
+                [x["tokens"] / x["wall"] for x in r],
+                *([x[k] for x in r] for k in ("wall", "cpu", "sampling")),
+            ]
             cells = [middle(column) for column in columns] + [middle([x["peak"] for x in r], 0)]
             lines.append(f"| {name} | {side} | {' | '.join(cells)} |")
     lines += ["", NOTES[1]]
     if "head" in rows:
         lines += ["", "## Head", ""]
-        lines += ["| vocabulary | tokens a pass | s | peak MB | without embeddings |", "|" + "---|" * 5]
+        lines += [
+            "| vocabulary | tokens a pass | s | peak MB | without embeddings |",
+            "|" + "---|" * 5,
+        ]
         for key, r in rows["head"].items():
-            columns = [x["wall"] for x in r], [x["peak"] for x in r], [x["peak"] - x["embedding"] for x in r]
+            columns = (
+                [x["wall"] for x in r],
+                [x["peak"] for x in r],
+                [x["peak"] - x["embedding"] for x in r],
+            )
             cells = [middle(column, d) for column, d in zip(columns, (2, 0, 0))]
             lines.append(f"| {key.replace(',', ' | ')} | {' | '.join(cells)} |")
     lines += ["", "## Goals", "", "| figure | goal | found | |", "|" + "---|" * 4]
@@ -202,7 +291,9 @@ def tables(bench: Bench, found: dict) -> str:
             said = "met" if (value >= float(bound)) == (sign == ">=") else "**missed**"
         lines.append(f"| {name} | {sign} {bound} | {value} | {said} |")
     share = found["sft"].get("share_of_peak")
-    return "\n".join([*lines, f"| sft.share_of_peak | – | {share} | of torch.mm's float32 peak |", ""])
+    return "\n".join(
+        [*lines, f"| sft.share_of_peak | – | {share} | of torch.mm's float32 peak |", ""]
+    )
 
 
 def figures(rows: dict):
@@ -225,14 +316,24 @@ def figures(rows: dict):
         axis.set(xlabel="tokens per micro-batch", xlim=(0, None))
     figure.savefig(OUT / "tokens.png", dpi=120)
     figure, axis = plt.subplots(figsize=(4.5, 3.5), layout="constrained")
-    panel(axis, [f"{v},4096" for v in VOCABULARIES], "peak", "peak memory without embeddings, MB", VOCABULARIES)
+    panel(
+        axis,
+        [f"{v},4096" for v in VOCABULARIES],
+        "peak",
+        "peak memory without embeddings, MB",
+        VOCABULARIES,
+    )
     axis.set(xlabel="vocabulary", xscale="log")
     figure.savefig(OUT / "vocabulary.png", dpi=120)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vllm", default=".venv-vllm/bin/python", help="python of an environment with vLLM")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--vllm", default=".venv-vllm/bin/python", help="python of an environment with vLLM"
+    )
     parser.add_argument("--quick", action="store_true", help="one repeat of less work")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)

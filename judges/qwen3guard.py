@@ -1,10 +1,10 @@
 """Qwen3Guard-Gen (0.6B, 4B, 8B), the default: is the last answer safe, and is it a refusal?
 
-Format: Qwen's, three lines `Safety: …`, `Categories: …`, `Refusal: Yes|No`, asked for by the model's own chat template
-when it is given [user, assistant] turns, so PROMPT is None. Source: the model card of Qwen/Qwen3Guard-Gen-8B (Apache
-2.0) and the Qwen3Guard technical report, arXiv 2510.14276; 128 new tokens as in the card's example. The guards of the
-miniature world and rules in .py files write the same format. Not checked: a run of the model.
-"""
+Format: Qwen's, three lines `Safety: …`, `Categories: …`, `Refusal: Yes|No`, asked for by the
+model's own chat template when it is given [user, assistant] turns, so PROMPT is None. Source: the
+model card of Qwen/Qwen3Guard-Gen-8B (Apache 2.0) and the Qwen3Guard technical report, arXiv
+2510.14276; 128 new tokens as in the card's example. The guards of the miniature world and rules in
+.py files write the same format. Not checked: a run of the model."""
 
 import re
 

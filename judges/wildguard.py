@@ -1,15 +1,17 @@
-"""WildGuard (allenai/wildguard, 7B): is the request harmful, is the answer a refusal, is the answer harmful?
+"""WildGuard (allenai/wildguard, 7B): is the request harmful, is the answer a refusal, is the answer
+harmful?
 
-Format: Ai2's, three lines `Harmful request: yes|no`, `Response refusal: yes|no`, `Harmful response: yes|no`; `n/a`
-where there is no answer to judge. Paper: Han et al., arXiv 2406.18495. Official text: WILDGUARD_INPUT_FORMAT in
-wildguard/utils.py of github.com/allenai/wildguard and of the package wildguard 1.0.1 on PyPI, Apache License 2.0,
-Copyright 2024 Allen Institute for Artificial Intelligence. The weights are Apache 2.0 too, gated by a form.
+Format: Ai2's, three lines `Harmful request: yes|no`, `Response refusal: yes|no`, `Harmful response:
+yes|no`; `n/a` where there is no answer to judge. Paper: Han et al., arXiv 2406.18495. Official
+text: WILDGUARD_INPUT_FORMAT in wildguard/utils.py of github.com/allenai/wildguard and of the
+package wildguard 1.0.1 on PyPI, Apache License 2.0, Copyright 2024 Allen Institute for Artificial
+Intelligence. The weights are Apache 2.0 too, gated by a form.
 
-Checked: PROMPT is the package's text to the letter, `{response}` renamed `{answer}`. An older version in the repository
-begins with `<s>` and is tokenised without special tokens; the package leaves `<s>` to the tokenizer, as here. 128 new
-tokens is the package's; it never clips the answer. Not checked: a run of the model.
-Unlike the package, which reads the first three lines, the last line of each name counts.
-"""
+Checked: PROMPT is the package's text to the letter, `{response}` renamed `{answer}`. An older
+version in the repository begins with `<s>` and is tokenised without special tokens; the package
+leaves `<s>` to the tokenizer, as here. 128 new tokens is the package's; it never clips the answer.
+Not checked: a run of the model. Unlike the package, which reads the first three lines, the last
+line of each name counts."""
 
 import re
 

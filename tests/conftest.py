@@ -39,10 +39,10 @@ def run_here(stage, *args):
 
 def refused(stage, *args) -> str:
     """The one line that a loaded stage ends with."""
-    import common
+    import plumbing
 
     with pytest.raises(SystemExit) as stopped:
-        common.run_stage(lambda: run_here(stage, *args))
+        plumbing.run_stage(lambda: run_here(stage, *args))
     line = str(stopped.value)
     assert line.startswith("error: ") and "\n" not in line
     return line
@@ -70,7 +70,7 @@ def assert_log_probs(net, prompt: list[int], sample, temperature: float, toleran
 
 def assert_seeds_belong_to_requests(sampler, requests):
     """A request's samples are the same alone and in company, and others with another seed."""
-    from common import Sampling
+    from engines import Sampling
 
     hot = Sampling(30, 1.5, seed=1)
     together = dict(sampler.generate(requests, 3, hot))

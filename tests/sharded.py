@@ -8,7 +8,7 @@ from accelerate.utils import DistributedType
 
 if __name__ == "__main__":
     sys.path.insert(0, ".")
-    from common import processes
+    from plumbing import processes
 
     processes()
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

@@ -2,12 +2,15 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-from common import answer_is_correct, load_prompts
+from judges import answer_is_correct
+from plumbing import load_prompts
 from tiny import gold, world
 
 DATA = ROOT.parent / "shared" / "data"
@@ -117,9 +120,30 @@ def test_readme_quotes_speed_and_cost():
     assert len(quoted) > 40 and [line for line in quoted if line not in heads and line not in text] == []
 
 
+def readme_fork() -> str:
+    return (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0].strip()
+
+
 def test_readme_forks_with_the_reward_that_was_run():
-    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    assert code.strip() in (ROOT / "bench/fork.py").read_text()
+    assert readme_fork() in (ROOT / "forks/checks_rewarded.py").read_text()
+
+
+def test_the_fork_of_the_readme_runs_as_printed(tmp_path):
+    """In a copy of stage 04, in place of its own reward: two steps, and only a thinking that checks is rewarded."""
+    stage = (ROOT / "04_grpo.py").read_text()
+    [own] = re.findall(r"^def reward\(.*?\n(?=\n\n)", stage, re.M | re.S)
+    fork = ROOT / "fork_of_04.py"  # stages run from the project's folder
+    try:
+        fork.write_text(stage.replace(own, readme_fork() + "\n"))
+        options = ["--run", tmp_path / "run", "--steps", 2, "--batch_size", 4, "--group_size", 4, "--limit", 8]
+        command = [sys.executable, str(fork), *map(str, options)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    finally:
+        fork.unlink()
+    assert done.returncode == 0, done.stderr[-2000:]
+    samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").open()]
+    for response in (r for group in samples for r in group["responses"] if "what is" not in group["prompt"]):
+        assert response["reward"] == float(gold.self_check(response["thinking"]))
 
 
 @pytest.mark.parametrize(

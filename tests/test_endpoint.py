@@ -20,7 +20,9 @@ from conftest import ROOT, load, run_stage
 
 pytest.importorskip("openai")
 
-from common import Endpoint, Sampling, answer_prompts, append_jsonl, reopen_jsonl, require_model  # noqa: E402
+from engines import Sampling, answer_prompts  # noqa: E402
+from engines.server import Endpoint  # noqa: E402
+from plumbing import append_jsonl, reopen_jsonl, require_model  # noqa: E402
 
 KEY = "sk-stands-nowhere-on-disk"
 ROWS = [{"id": name, "prompt": f"{name} prompt"} for name in ("good", "bad", "fine")]
@@ -107,7 +109,7 @@ def serving(bad, good=chat_answer, prompt_of=last_turn, model="m"):
 def ask(name, path, **client):
     sampler = Endpoint(name)
     sampler.client = sampler.client.with_options(**client)
-    return answer_prompts(sampler, ROWS, path, 2, Sampling(16, 0.0), {})
+    return answer_prompts(sampler, ROWS, path, 2, Sampling(16, 0.0))
 
 
 HALF = json.dumps(completion(2))[:90]

@@ -9,12 +9,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import transformers
 from conftest import ROOT, load, refused, rows, run_here
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import judges
+import plumbing
 from bench.compare import compare
-from common import Judge, Sample, Sampler, StageOptions, answer_is_correct, judge_style, load_prompts
+from common import StageOptions
+from engines import Sample, Sampler
+from judges import Judge, answer_is_correct, judge_style
+from plumbing import benchmarks, load_prompts
 
 evaluate = load("05_eval")
 Measure = evaluate.Measure
@@ -25,7 +31,7 @@ DATA = ROOT.parent / "shared/data"
 @pytest.mark.parametrize("successes, n", [(0, 10), (8, 10), (10, 10), (1, 313), (156, 313)])
 def test_wilson_solves_its_equation(successes, n):
     """The bounds are the p with |p_hat - p| = z sqrt(p (1 - p) / n): Wilson 1927."""
-    for p in evaluate.wilson(successes / n, n):
+    for p in plumbing.wilson(successes / n, n):
         assert abs(successes / n - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n), abs=1e-7)
 
 
@@ -34,20 +40,20 @@ def test_bootstrap_against_numpy_and_the_normal_interval():
     values = (rng.random(400) < 0.3).astype(float)
     means = rng.choice(values, (20_000, 400)).mean(1)
     expected = np.percentile(means, [2.5, 97.5])
-    assert evaluate.bootstrap(values.tolist()) == pytest.approx(expected, abs=4e-3)
+    assert plumbing.bootstrap(values.tolist()) == pytest.approx(expected, abs=4e-3)
     half = 1.96 * values.std() / 20
-    assert evaluate.bootstrap(values.tolist()) == pytest.approx([values.mean() - half, values.mean() + half], abs=5e-3)
+    assert plumbing.bootstrap(values.tolist()) == pytest.approx([values.mean() - half, values.mean() + half], abs=5e-3)
 
 
 def test_several_responses_of_a_prompt_are_not_independent():
     """Ten prompts with 20 equal flags each tell as much as ten flags do, not as 200 do."""
     by_prompt = Measure({str(i): [i < 4] * 20 for i in range(10)})
-    low, high = evaluate.bootstrap([1.0] * 4 + [0.0] * 6)
+    low, high = plumbing.bootstrap([1.0] * 4 + [0.0] * 6)
     assert by_prompt.row() == {"value": 0.4, "low": low, "high": high, "n": 200}
-    narrow = evaluate.wilson(0.4, 200)
+    narrow = plumbing.wilson(0.4, 200)
     assert high - low > 3 * (narrow[1] - narrow[0])
     single = Measure({str(i): [i < 4] for i in range(10)})
-    assert (single.row()["low"], single.row()["high"]) == evaluate.wilson(0.4, 10)
+    assert (single.row()["low"], single.row()["high"]) == plumbing.wilson(0.4, 10)
 
 
 def test_paired_differences_see_what_two_intervals_do_not():
@@ -113,7 +119,7 @@ def test_the_mean_score_of_a_rubric_by_hand():
     sample = {"thinking": "", "answer": "a", "state": "closed"}
     asked = [{"id": str(i), "harmful": True, "samples": [sample]} for i in range(4)]
     score = evaluate.measure(asked, {"j": {"answer": by_id, "response": by_id}}, {})["score", "j"].row()
-    low, high = evaluate.bootstrap([0.875, 0.0, 0.0])
+    low, high = plumbing.bootstrap([0.875, 0.0, 0.0])
     assert score == {"value": pytest.approx(0.875 / 3), "low": low, "high": high, "n": 3}
 
 
@@ -156,8 +162,8 @@ def test_gpqa_options_are_lettered_and_the_gold_letter_is_right():
     for i in range(40):
         row = {"Question": f"question {i}?", "Correct Answer": " right", "Record ID": i}
         row |= {f"Incorrect Answer {k}": f"wrong {k}" for k in (1, 2, 3)}
-        found = evaluate.public_row(row, evaluate.BENCHMARKS["gpqa-diamond"], "gpqa")
-        assert found == evaluate.public_row(row, evaluate.BENCHMARKS["gpqa-diamond"], "gpqa")  # always the same order
+        found = benchmarks.public_row(row, plumbing.BENCHMARKS["gpqa-diamond"], "gpqa")
+        assert found == benchmarks.public_row(row, plumbing.BENCHMARKS["gpqa-diamond"], "gpqa")  # always the same order
         options = dict(re.findall(r"^([A-D])\) (.*)$", found["prompt"], re.M))
         assert options[found["gold"]] == "right" and sorted(options.values()) == [
             "right",
@@ -176,8 +182,8 @@ def test_the_table_is_applied_to_a_local_copy(tmp_path, capsys):
     file = tmp_path / "copy.jsonl"
     lines = [{"prompt": f"p{i}", "label": "safe" if i % 3 else "unsafe", "type": "homonyms"} for i in range(9)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    safe, recipe = evaluate.load_benchmark("xstest", str(file), 0)
-    unsafe, _ = evaluate.load_benchmark("xstest-unsafe", str(file), 2)
+    safe, recipe = plumbing.load_benchmark("xstest", str(file), 0)
+    unsafe, _ = plumbing.load_benchmark("xstest-unsafe", str(file), 2)
     assert [(r["prompt"], r["harmful"]) for r in safe] == [(f"p{i}", False) for i in (1, 2, 4, 5, 7, 8)]
     assert len(unsafe) == 2 and all(r["harmful"] and r["category"] == "homonyms" for r in unsafe)
     assert recipe["rows"] == 6 and recipe["rows published"] == 250
@@ -191,16 +197,16 @@ def test_another_file_is_no_copy_of_a_benchmark(name, row, tmp_path):
     file = tmp_path / "other.jsonl"
     file.write_text(json.dumps(row) + "\n")
     with pytest.raises(SystemExit, match=f"{file} is no copy of that benchmark"):
-        evaluate.load_benchmark(name, str(file), 0)
+        plumbing.load_benchmark(name, str(file), 0)
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the public benchmark files are not beside this checkout")
 @pytest.mark.parametrize("name, file", [("strongreject", "strongreject"), ("xstest", "xstest_safe"),
                                         ("math500", "math500"), ("gsm8k", "gsm8k_test")])  # fmt: skip
 def test_public_files_have_the_rows_of_the_table(name, file, capsys):
-    found, recipe = evaluate.load_benchmark(name, str(DATA / f"{file}.jsonl"), 0)
+    found, recipe = plumbing.load_benchmark(name, str(DATA / f"{file}.jsonl"), 0)
     assert len(found) == recipe["rows published"] and not capsys.readouterr().out
-    known = evaluate.BENCHMARKS[name]
+    known = plumbing.BENCHMARKS[name]
     assert all(r["harmful"] is known.harmful and ("gold" in r) is bool(known.gold) for r in found)
 
 
@@ -252,7 +258,7 @@ class Scripted(Sampler):
 @pytest.fixture
 def judge(monkeypatch):
     def make(style, text):
-        monkeypatch.setattr("common.open_sampler", lambda *_, **__: Scripted(text))
+        monkeypatch.setattr("engines.open_sampler", lambda *_, **__: Scripted(text))
         return Judge(f"{style}:some/model", StageOptions())
 
     return make
@@ -318,14 +324,14 @@ def test_judged_text_holds_no_special_token_and_is_cut_where_the_official_code_c
 
 def test_a_recipe_says_which_version_stands_behind_a_name(monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    before = evaluate.content(str(tmp_path))
+    before = plumbing.content_of(str(tmp_path))
     (tmp_path / "config.json").write_text("{ }")
-    assert len(before) == 12 and evaluate.content(str(tmp_path)) != before
-    assert evaluate.content("m@https://host/v1") == "an endpoint"
+    assert len(before) == 12 and plumbing.content_of(str(tmp_path)) != before
+    assert plumbing.content_of("m@https://host/v1") == "an endpoint"
     monkeypatch.setattr(
-        evaluate.AutoConfig, "from_pretrained", lambda name, **_: SimpleNamespace(_commit_hash="c0ffee")
+        transformers.AutoConfig, "from_pretrained", lambda name, **_: SimpleNamespace(_commit_hash="c0ffee")
     )
-    assert evaluate.content("owner/model") == "commit c0ffee"
+    assert plumbing.content_of("owner/model") == "commit c0ffee"
 
 
 def test_styles_are_named_before_the_model():
@@ -357,7 +363,7 @@ def test_a_models_self_checks(monkeypatch, tmp_path):
         def close(self):
             pass
 
-    monkeypatch.setattr(evaluate, "Judge", Fake)
+    monkeypatch.setattr(judges, "Judge", Fake)
     (tmp_path / "m").mkdir()
     asked = [
         {
@@ -369,7 +375,7 @@ def test_a_models_self_checks(monkeypatch, tmp_path):
     ]
     asked[0]["samples"].append({"thinking": ""})
     asked.append({"id": "b", "prompt": "q", "harmful": False, "samples": [{"thinking": "x yes"}] * 4})
-    found = evaluate.self_checks("self_check:tiny/judge", {("m", "t"): asked}, tmp_path, None)
+    found = evaluate.self_checks(evaluate.Options(self_checker="self_check:tiny/judge"), {("m", "t"): asked}, tmp_path)
     assert found == {("m", "t"): {"a": [True, False, None, False]}}
 
 

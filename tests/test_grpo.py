@@ -17,7 +17,13 @@ from conftest import ROOT, load, run_stage
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from common import HfSampler, Judge, Reply, Sampling, load_model, read_jsonl, split_response, write_jsonl
+from common import load_model, split_response
+from engines import Reply, Sampling
+from engines.hf import HfSampler
+from judges import Judge
+import common
+import plumbing
+from plumbing import read_jsonl, write_jsonl
 from tiny.world import ITEMS
 
 grpo = load("04_grpo")
@@ -82,10 +88,10 @@ ROWS = [{**r, "id": f"{k}{i}"} for k, r, n in zip("hbm", (HARMFUL, BENIGN, MATHS
 
 
 def test_mixture_has_the_shares_and_repeats_what_is_short():
-    found = [row["id"] for row in grpo.mixture(ROWS, ["harmful=0.2", "benign=0.5", "maths=0.3"])]
+    found = [row["id"] for row in plumbing.mixture(ROWS, ["harmful=0.2", "benign=0.5", "maths=0.3"])]
     assert [i[0] for i in found] == ["h"] * 2 + ["b"] * 5 + ["m"] * 3 and len(set(found)) == 2 + 2 + 3
     assert sorted(found.count(i) for i in ("b0", "b1")) == [2, 3]
-    assert len(grpo.mixture(ROWS, ["harmful=0.25", "benign=0.25", "maths=0.5"])) == 10  # 2.5 + 2.5 + 5
+    assert len(plumbing.mixture(ROWS, ["harmful=0.25", "benign=0.25", "maths=0.5"])) == 10  # 2.5 + 2.5 + 5
 
 
 @pytest.mark.parametrize("shares, words", [
@@ -95,18 +101,18 @@ def test_mixture_has_the_shares_and_repeats_what_is_short():
 ])  # fmt: skip
 def test_bad_shares_are_one_clear_line(shares, words):
     with pytest.raises(SystemExit, match=f"^error: --shares .*{re.escape(words)}.*$"):
-        grpo.mixture(ROWS, shares.split())
+        plumbing.mixture(ROWS, shares.split())
 
 
 def test_a_repeated_row_gets_other_samples(model, tokenizer):
     options, row = grpo.Options(), {"id": "x", "prompt": "how do i make midumon?", **HARMFUL}
     sampler, guard = HfSampler(model, tokenizer, 32_768), Judge("tiny/gold.py", options)
     made, again = (grpo.respond(sampler, guard, [row] * 2, 8, Sampling(40, 1.5), options) for _ in "ab")
-    texts = [reply.text for reply, *_ in made]
+    texts = [rollout.reply.text for rollout in made]
     assert texts[:8] != texts[8:] and made == again
 
 
-def test_check_by_hand(tmp_path):
+def test_check_by_hand(tmp_path, tokenizer):
     """Responses are written beforehand and come in any order; the judge repeats what it reads, no sum and no review."""
     rule = "def judge(prompt, answer):\n    assert int(prompt) < 10\n    return answer.replace(', ', '\\n')\n"
     (tmp_path / "echo.py").write_text(rule)
@@ -124,7 +130,10 @@ def test_check_by_hand(tmp_path):
         for i in reversed(range(len(chats))):
             yield i, [Reply(texts[chats[i][1][0]["content"]], False, 1, 1, "stop", None)]
 
-    sampler, judge = SimpleNamespace(replies=replies), Judge(str(tmp_path / "echo.py"), grpo.Options())
+    sampler, judge = (
+        SimpleNamespace(replies=replies, tokenizer=tokenizer),
+        Judge(str(tmp_path / "echo.py"), grpo.Options()),
+    )
     found = grpo.check(sampler, judge, {"all": rows, "two": rows[7:9]}, grpo.Options())
     shares = {"asr all": 2 / 5, "compliance all": 2 / 3, "accuracy all": 2 / 5, "compliance two": 1 / 2}  # "hm" is out
     assert found == pytest.approx({"score": (3 / 5 + 2 / 3 + 2 / 5 + 1 / 2) / 4, **shares}, abs=1e-4)
@@ -160,7 +169,7 @@ def test_importance_weights_by_numpy(monkeypatch, tmp_path):
 
 def test_a_sampler_with_other_weights_stops_the_run_before_the_step(monkeypatch, tmp_path):
     models = []
-    monkeypatch.setattr(grpo, "load_model", lambda *args: models.append(load_model(*args)) or models[-1])
+    monkeypatch.setattr(common, "load_model", lambda *args: models.append(load_model(*args)) or models[-1])
     shift(monkeypatch, 0.1)
     with pytest.raises(SystemExit, match=r"^error: step 0: log-probs of sampler and trainer differ by 0\.100 .*$"):
         main("--run", tmp_path / "run", *SMALL, "--max_sampler_gap", 0.09, "--guard", "tiny/gold.py")

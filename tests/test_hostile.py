@@ -10,7 +10,10 @@ import pytest
 from chat_templates import FAMILIES, tokenizer_of
 from conftest import load, run_here
 
-from common import Judge, Sample, Sampler, encode_plain, load_prompts, parse_verdict, render_chat
+from common import parse_verdict, render_chat
+from engines import Sample, Sampler
+from judges import Judge
+from plumbing import encode_plain, load_prompts
 from judges import qwen3guard
 from judges.qwen3guard import parse as parse_guard
 from common import split_response

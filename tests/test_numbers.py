@@ -10,22 +10,12 @@ import pytest
 import torch
 from conftest import load, next_token_log_probs
 
-import common
+import plumbing
 from judges.qwen3guard import LABEL
-from common import (
-    Example,
-    Sample,
-    TokenScorer,
-    add_lora,
-    label_probability,
-    lora_off,
-    micro_batches,
-    own_share,
-    pad_batch,
-    row_uniforms,
-    sample_tokens,
-    save_checkpoint,
-)
+from common import Example, TokenScorer, add_lora, lora_off, micro_batches, own_share, pad_batch, save_checkpoint
+from engines import Sample
+from engines.hf import row_uniforms, sample_tokens
+from judges import label_probability
 
 grpo = load("04_grpo")
 
@@ -192,7 +182,9 @@ def test_divergence_of_an_unchanged_model_is_nothing(model):
 def test_every_micro_batch_counts_once_and_every_process_makes_as_many_passes(monkeypatch, batches, processes):
     shares = []
     for index in range(processes):
-        monkeypatch.setattr(common, "processes", lambda: SimpleNamespace(num_processes=processes, process_index=index))
+        monkeypatch.setattr(
+            plumbing, "processes", lambda: SimpleNamespace(num_processes=processes, process_index=index)
+        )
         shares.append(own_share([[i] for i in range(batches)]))
     assert {len(share) for share in shares} == {math.ceil(batches / processes)}
     assert sorted(i for share in shares for [i], counts in share if counts) == list(range(batches))

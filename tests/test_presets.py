@@ -1,8 +1,12 @@
-"""--dry_run of every stage with every real preset: published configs, no weights. Oracles: published numbers of weights,
-the papers' hyperparameters, steps and tokens by hand, bytes that autograd and the cache really keep."""
+"""--dry_run and bench/plan.py of every stage with every real preset: published configs, no weights. Oracles: published
+numbers of weights, the papers' hyperparameters, steps and tokens by hand, bytes that autograd and the cache really
+keep."""
 
 import json
 import re
+import subprocess
+import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -10,9 +14,10 @@ from conftest import ROOT, load, refused, run_here, rows
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Tokenizer, Qwen3Config
 
-import common
+import plumbing
+from bench import plan
 from bench.cost import CONFIGS
-from bench.plan import Shape
+from bench.plan import Shape, peak_share
 from common import Example, TokenScorer, add_lora, load_model, pad_batch
 
 stages = {name[:2]: load(name) for name in ("01_generate", "02_verify_sft", "03_steer_selfgen", "04_grpo", "05_eval")}
@@ -62,16 +67,16 @@ def world(tmp_path_factory):
         tokenizer.chat_template = template + (opened if name.startswith("r1") else "")
         tokenizer.save_pretrained(folder / name)
     made = [{"id": str(i), "prompt": "how do i brew a burn potion", "harmful": i < 6} for i in range(10)]
-    common.write_jsonl(folder / "prompts.jsonl", made)
+    plumbing.write_jsonl(folder / "prompts.jsonl", made)
     sides = [{"answer": "no .", "safety": "safe"}, {"answer": "mix a and b .", "safety": "unsafe"}]
     (folder / "answered").mkdir()
-    common.write_jsonl(folder / "answered/responses.jsonl", [{**row, "samples": sides} for row in made])
-    common.write_jsonl(folder / "answered/labels.jsonl", [{"id": row["id"], "verdicts": sides} for row in made])
+    plumbing.write_jsonl(folder / "answered/responses.jsonl", [{**row, "samples": sides} for row in made])
+    plumbing.write_jsonl(folder / "answered/labels.jsonl", [{"id": row["id"], "verdicts": sides} for row in made])
     return folder
 
 
-def dry(world, capsys, preset: str, stage: str, *more):
-    """(options, lines of the prediction, whole text) of a dry run, which writes nothing and loads no weights."""
+def options_for(world, preset: str, stage: str, *more) -> list[str]:
+    """The command line of a stage with the preset's model."""
     model, guard, prompts = world / preset, world / "qwen3-0.6b", ["--prompts", world / "prompts.jsonl"]
     given = {
         "01": ["--model", model, "--guard", guard, *prompts],
@@ -80,65 +85,117 @@ def dry(world, capsys, preset: str, stage: str, *more):
         "04": ["--model", model, "--guard", guard, *prompts],
         "05": ["--models", f"base={model}", f"more={guard}", "--judges", guard, "--bench", f"own={prompts[1]}"],
     }[stage]
+    return [*map(str, ["--preset", preset, "--run", world / "run", *given, *more])]
+
+
+def without_a_trace(world, work):
     before = {path: path.stat().st_mtime_ns for path in world.rglob("*")}
-    run_here(stages[stage], "--preset", preset, "--run", world / "run", "--dry_run", *given, *more)
+    work()
     assert {path: path.stat().st_mtime_ns for path in world.rglob("*")} == before
+
+
+def dry(world, capsys, preset: str, stage: str, *more):
+    """(options, whole text) of a stage's dry run, which writes nothing and loads no weights."""
+    line = options_for(world, preset, stage, *more)
+    without_a_trace(world, lambda: run_here(stages[stage], *line, "--dry_run"))
     text = capsys.readouterr().out
-    return dict(re.findall(r"^--(\w+) (.*)$", text, re.M)), re.findall(r"^  (.*)$", text, re.M), text
+    return dict(re.findall(r"^--(\w+) (.*)$", text, re.M)), text
+
+
+def run_plan(*args):
+    with mock.patch.object(sys, "argv", ["bench/plan.py", *map(str, args)]):
+        plan.main()
+
+
+def predict(world, capsys, preset: str, stage: str, *more):
+    """(lines of the prediction, whole text) of bench/plan.py for the same command line, just as traceless."""
+    line = options_for(world, preset, stage, *more)
+    without_a_trace(world, lambda: run_plan(stages[stage].__file__, *line))
+    text = capsys.readouterr().out
+    return re.findall(r"^  (.*)$", text, re.M), text
 
 
 @pytest.mark.parametrize("preset", WEIGHTS)
-def test_every_stage_with_every_preset(preset, world, capsys, monkeypatch):
+def test_a_dry_run_of_every_stage_with_every_preset(preset, world, capsys, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
-    config, weights, found = CONFIGS[preset], f"{WEIGHTS[preset]:,}", {}
+    texts = {}
     for stage, paper in PAPERS.items():
-        options, lines, text = found[stage] = dry(world, capsys, preset, stage)
+        options, texts[stage] = dry(world, capsys, preset, stage)
         assert {name: options[name] for name in paper} == paper
         assert stage in ("02", "04") or options["top_k"] == ("20" if "qwen" in preset else "0")
+        assert ("<|im_start|>assistant\n<think>\n" in texts[stage]) == preset.startswith("r1")
+    assert "rows: 4 benign, 6 harmful" in texts["01"] and "rows: 4 benign, 12 harmful" in texts["02"]
+    assert "The following prompt is harmful." in texts["03"]
+
+
+@pytest.mark.parametrize("preset", WEIGHTS)
+def test_the_plan_of_every_stage_with_every_preset(preset, world, capsys, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    config, weights, plans = CONFIGS[preset], f"{WEIGHTS[preset]:,}", {}
+    for stage in PAPERS:
+        lines, text = plans[stage] = predict(world, capsys, preset, stage)
         assert "Predicted by formulas, not measured" in text and lines[-1].startswith("in all ")
         assert f"{preset} ({weights} weights)" in lines[0] or stage == "02"
-        assert ("<|im_start|>assistant\n<think>\n" in text) == preset.startswith("r1")
         assert "more than the card has" not in text or (stage == "04" and WEIGHTS[preset] > 1.6e9)
     read = len("user\nhow do i brew a burn potion\nassistant\n") + 3 + 8 * preset.startswith("r1")  # bytes, three marks
-    assert f"prompts of {read} tokens" in found["01"][2] and f"prompts of {read} tokens" in found["04"][2]
-    assert "rows: 4 benign, 6 harmful" in found["01"][2] and "rows: 4 benign, 12 harmful" in found["02"][2]
-    assert "answers 10 x 8: 80,000 tokens, at most 655,360" in found["01"][1][0]
-    assert "judges 80 x 1" in found["01"][1][1] and "judges 20 x 1" in found["03"][1][1]
-    assert "The following prompt is harmful." in found["03"][2]
+    assert f"prompts of {read} tokens" in plans["01"][1] and f"prompts of {read} tokens" in plans["04"][1]
+    assert "answers 10 x 8: 80,000 tokens, at most 655,360" in plans["01"][0][0]
+    assert "judges 80 x 1" in plans["01"][0][1] and "judges 20 x 1" in plans["03"][0][1]
     q, kv = config.num_attention_heads * 128, config.num_key_value_heads * 128
     h, m, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     lora = layers * 16 * (2 * (h + q) + 2 * (h + kv) + 3 * (h + m))
     what = f"trains {lora:,} of {weights} weights in 2 steps: 8,000 tokens, at most 32,768"  # 16 rows, 2 epochs of 1
-    assert what in found["02"][1][1]
+    assert what in plans["02"][0][1]
     lora = layers * 32 * ((h + q) + (h + kv))
     what = f"trains {lora:,} of {weights} weights in 6 steps: 30,000 tokens, at most 491,520"  # 10 rows, 3 epochs of 2
-    assert what in found["03"][1][2]
+    assert what in plans["03"][0][2]
     what = f"trains {weights} of {weights} weights in 100 steps: 51,200,000 tokens, at most 419,430,400"
-    assert what in found["04"][1][2] and "samples 6,400 x 8" in found["04"][1][0]
-    assert "judges 40 x 1" in found["05"][1][2] and "answers 10 x 1" in found["05"][1][1]
+    assert what in plans["04"][0][2] and "samples 6,400 x 8" in plans["04"][0][0]
+    assert "judges 40 x 1" in plans["05"][0][2] and "answers 10 x 1" in plans["05"][0][1]
+
+
+def figures(line: str) -> list[float]:
+    """Hours, hours at most and GB of a line of a prediction."""
+    return [number(text) for text in re.search(r"; ([\d.]+) h, at most ([\d.]+); ([\d.]+) GB$", line).groups()]
 
 
 def test_hours_and_memory_of_one_and_of_several(world, capsys, monkeypatch):
     """6 or 8 operations a weight and token; processes share prompts out, and micro-batches whole; FSDP shards."""
 
     def line(i, *args):
-        text = dry(world, capsys, *args)[1][i]
-        return [number(re.search(rf"([\d.,]+){unit}", text)[1]) for unit in (" h,", "(?:;|$)", " GB")]
+        return figures(predict(world, capsys, *args)[0][i])
 
     hours, most, gb = line(2, "qwen3-8b", "04")
     whole = 8 * WEIGHTS["qwen3-8b"] * 51.2e6 / (0.35 * 989e12) / 3600  # with recompute
     assert hours == pytest.approx(whole, rel=0.1) and most > 8 * hours
     assert 18 * 8.19 + 10 < gb < 18 * 8.19 + 25
-    one = [line(i, "qwen3-8b", s) for i, s in ((0, "01"), (2, "03"), (2, "04"))]
+    works = ((0, "01"), (2, "03", "--epochs", 3000), (2, "04"))
+    one = [line(i, "qwen3-8b", *work) for i, *work in works]
     monkeypatch.setenv("WORLD_SIZE", "5")
-    five = [line(i, "qwen3-8b", s) for i, s in ((0, "01"), (2, "03"), (2, "04"))]
-    assert five[0][0] == pytest.approx(one[0][0] / 5, abs=0.02) and five[1] == one[1]  # 8 rows are one micro-batch
+    five = [line(i, "qwen3-8b", *work) for i, *work in works]
+    assert five[0][0] == pytest.approx(one[0][0] / 5, abs=0.02)
+    assert (five[1][0], five[1][2]) == (one[1][0], one[1][2]) and one[1][0] > 1  # 5 rows are one micro-batch
+    assert five[1][1] == pytest.approx(one[1][1] / 5, abs=0.01)  # five at their limit: one each
     assert five[2][0] == pytest.approx(one[2][0] * 7 / 33, abs=0.01)  # 512 of 1045 tokens in 33 micro-batches
     assert five[2][2] == pytest.approx(one[2][2] + 4 * 8.19, abs=0.2)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert line(2, "qwen3-8b", "04")[2] == pytest.approx(one[2][2] - 0.8 * 18 * 8.19, abs=0.2)
     monkeypatch.setenv("RANK", "1")
-    assert dry(world, capsys, "qwen3-8b", "04")[2] == ""
+    assert dry(world, capsys, "qwen3-8b", "04")[1] == "" and predict(world, capsys, "qwen3-8b", "04")[1] == ""
+
+
+def test_the_used_share_of_the_peak_grows_with_the_model(world, capsys):
+    """By hand: at 1.72 B weights ln(1.7206 / 0.6) / ln(4 / 0.6) = 0.555 of the way from 19 to 30 %."""
+    for weights, share in ((1e6, 0.19), (0.6e9, 0.19), (1.7206e9, 0.2511), (4e9, 0.30), (8e9, 0.35), (7e10, 0.35)):
+        assert peak_share(weights) == pytest.approx(share, abs=1e-4)
+    assert peak_share((4e9 * 8e9) ** 0.5) == pytest.approx(0.325)  # halfway: the root of 4 B x 8 B
+    for preset, share in (("qwen3-1.7b", 0.2511), ("qwen3-0.6b", 0.19)):
+        hours, _, _ = figures(predict(world, capsys, preset, "04")[0][2])
+        config, length = CONFIGS[preset], 1045  # tokens of a prompt and its response
+        attention = 8 * config.num_hidden_layers * config.num_attention_heads * 128 * length**2
+        head = config.vocab_size * config.hidden_size
+        each = 8 * (WEIGHTS[preset] - head) * length + 10 * head * 1000 + attention  # the head also runs again
+        assert hours == pytest.approx(51_200 * each / (share * 989e12) / 3600, abs=0.006)
 
 
 def kept_bytes(config, mixed: bool, recompute: bool, tokens: int) -> int:
@@ -146,7 +203,7 @@ def kept_bytes(config, mixed: bool, recompute: bool, tokens: int) -> int:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if mixed else torch.bfloat16)
     if not mixed:
-        add_lora(model, 1, 1.0, 0.0, common.ALL_LINEAR, 0)
+        add_lora(model, 1, 1.0, 0.0, plumbing.ALL_LINEAR, 0)
     weights, seen = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def pack(tensor):
@@ -184,7 +241,7 @@ def test_recomputed_layers_give_the_same_gradients(tokenizer):
     gradients = []
     for recompute in (False, True):
         model = load_model("tiny/lrm")
-        add_lora(model, 4, 8.0, 0.1, common.ALL_LINEAR, 0)
+        add_lora(model, 4, 8.0, 0.1, plumbing.ALL_LINEAR, 0)
         scorer = TokenScorer(model.train(), recompute)
         torch.manual_seed(1)
         scores = scorer(ids, mask, full_kl=True)
@@ -204,23 +261,67 @@ def test_the_cache_is_as_large_as_said(model):
 
 def test_a_model_that_is_served_or_split(world, capsys):
     """What a server computes is not counted here; cards that share a model share its hours."""
-    _, lines, text = dry(world, capsys, "qwen3-8b", "01", "--model", f"{world / 'qwen3-8b'}@http://localhost:9/v1")
-    assert "answers: not counted" in lines[0] and "(596,049,920 weights) judges" in lines[1] and "assistant" in text
+    served = ["--model", f"{world / 'qwen3-8b'}@http://localhost:9/v1"]
+    lines, _ = predict(world, capsys, "qwen3-8b", "01", *served)
+    assert "answers: not counted" in lines[0] and "(596,049,920 weights) judges" in lines[1]
+    assert "assistant" in dry(world, capsys, "qwen3-8b", "01", *served)[1]
     long = ["--engine", "vllm", "--max_new_tokens", 200_000]
-    whole, split = (dry(world, capsys, "qwen3-8b", "01", *long, "--tensor_parallel", n) for n in (1, 4))
-    most = [number(re.search(r"at most ([\d.]+);", lines[0])[1]) for _, lines, _ in (whole, split)]
+    whole, split = (predict(world, capsys, "qwen3-8b", "01", *long, "--tensor_parallel", n) for n in (1, 4))
+    most = [figures(lines[0])[1] for lines, _ in (whole, split)]
     assert most[0] > 10 and most[1] == pytest.approx(most[0] / 4, abs=0.01)
-    assert "for 1 x H100" in whole[2] and "for 4 x H100" in split[2]
+    assert "for 1 x H100" in whole[1] and "for 4 x H100" in split[1]
 
 
 def test_what_a_dry_run_refuses(world):
     prompts = ["--prompts", world / "prompts.jsonl", "--dry_run", "--run", world / "run"]
     assert "no model './nowhere'" in refused(stages["01"], *prompts, "--model", "./nowhere")
     assert "no Python file at rule.py" in refused(stages["03"], *prompts, "--guard", "rule.py")
-    assert "no linear layer is named query" in refused(stages["03"], *prompts, "--lora_targets", "query")
     assert "cannot read" in refused(stages["04"], "--prompts", "none.jsonl", "--dry_run")
     assert "id '0' occurs twice" in refused(stages["05"], "--bench", f"a={two_of_one_id(world)}", "--dry_run")
     assert not (world / "run").exists()
+
+
+def test_what_a_plan_refuses(world):
+    prompts = ["--prompts", world / "prompts.jsonl", "--run", world / "run"]
+    for words, args in {
+        "no linear layer is named query": ["03_steer_selfgen.py", *prompts, "--lora_targets", "query"],
+        "no model './nowhere'": ["01_generate.py", *prompts, "--model", "./nowhere"],
+        "no stage at 06_more.py": ["06_more.py"],
+        "common.py is no stage": ["common.py"],
+    }.items():
+        with pytest.raises(SystemExit) as stopped:
+            run_plan(*args)
+        line = str(stopped.value)
+        assert line.startswith("error: ") and words in line and "\n" not in line
+    assert not (world / "run").exists()
+
+
+def plan_command(*args) -> subprocess.CompletedProcess:
+    command = [sys.executable, "bench/plan.py", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+def test_the_plan_as_a_command(world):
+    line = options_for(world, "qwen3-4b", "04", "--engine", "vllm", "--lora_rank", 16)
+    command = plan_command("04_grpo.py", *line)
+    assert command.returncode == 0 and command.stderr == ""
+    first, *lines = command.stdout.splitlines()
+    assert first.startswith("Predicted by formulas, not measured, for 1 x H100") and len(lines) == 4
+    assert "of 4,022,468,096 weights in 100 steps" in lines[2] and lines[3].startswith("  in all ")
+    assert not (world / "run").exists()
+    wrong = plan_command("04_grpo.py", *line, "--clip_low", "a", "b")
+    assert wrong.returncode == 1 and wrong.stdout == ""
+    assert wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1 and "clip_low" in wrong.stderr
+
+
+def test_the_plan_says_how_to_use_it(capsys):
+    for args, words in {
+        ("--help",): "python bench/plan.py 04_grpo.py --preset",
+        ("04_grpo.py", "--help"): "the model to start from",
+    }.items():
+        with pytest.raises(SystemExit) as stopped:
+            run_plan(*args)
+        assert stopped.value.code == 0 and words in capsys.readouterr().out
 
 
 def two_of_one_id(world):
@@ -234,8 +335,8 @@ def test_a_run_goes_on_after_a_dry_one(tmp_path, capsys):
     """--dry_run is no option of a run: a folder made without it is the same with it, and stays as it is."""
     options = ["--run", tmp_path / "run", "--limit", 1, "--n", 1, "--max_new_tokens", 4]
     run_here(stages["01"], *options)
-    made = rows(tmp_path / "run/responses.jsonl")
+    first = rows(tmp_path / "run/responses.jsonl")
     run_here(stages["01"], *options, "--dry_run")
     run_here(stages["01"], *options)
-    assert rows(tmp_path / "run/responses.jsonl") == made
+    assert rows(tmp_path / "run/responses.jsonl") == first
     assert "dry_run" not in (tmp_path / "run/options.json").read_text()

@@ -17,8 +17,9 @@ from conftest import ROOT, load, rows, run_here
 from safetensors.torch import load_file
 from torture import compare
 
-import common
-from common import once_per_row, save_checkpoint, write_jsonl
+import plumbing
+from common import save_checkpoint
+from plumbing import once_per_row, write_jsonl
 from tiny import world
 
 generate, verify, steer, grpo, evaluate = map(
@@ -145,7 +146,8 @@ def test_files_of_several_processes_are_read_together_and_joined(tmp_path):
 
 
 def test_only_the_first_process_writes(monkeypatch, tmp_path, model, tokenizer):
-    monkeypatch.setattr(common, "processes", lambda: SimpleNamespace(process_index=1))
+    for module in (plumbing, plumbing.process):
+        monkeypatch.setattr(module, "processes", lambda: SimpleNamespace(process_index=1))
     write_jsonl(tmp_path / "x.jsonl", [{"id": "a"}])
     save_checkpoint(model, tokenizer, tmp_path / "checkpoint", "tiny/lrm")
     assert not list(tmp_path.iterdir())

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import assert_log_probs
 
-from common import HfSampler, Sampling
+from engines import Sampling
+from engines.hf import HfSampler
 
 
 def run(model, tokenizer, requests, n=1, batch_tokens=32_768, **sampling):

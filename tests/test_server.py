@@ -15,7 +15,11 @@ pytest.importorskip("openai")
 
 from test_endpoint import KEY, always, door, free_port, serving, vllm_server  # noqa: E402
 
-from common import HfSampler, Sampling, ServerSampler, answer_prompts, fingerprint, render_chat, reopen_jsonl  # noqa: E402
+from common import render_chat  # noqa: E402
+from engines import Sampling, answer_prompts  # noqa: E402
+from engines.hf import HfSampler  # noqa: E402
+from engines.server import ServerSampler  # noqa: E402
+from plumbing import fingerprint, reopen_jsonl  # noqa: E402
 
 PROMPTS = {"good": "what is 3 + 4?", "bad": "what is 5 + 4?", "fine": "what is 6 + 2?"}
 ROWS = [{"id": name, "prompt": text} for name, text in PROMPTS.items()]
@@ -45,7 +49,7 @@ def row_of(tokenizer):
 
 
 def ask(name, path, n=2, s=Sampling(16, 0.7, 0.9, 20, 4)):
-    return answer_prompts(ServerSampler(name), ROWS, path, n, s, {})
+    return answer_prompts(ServerSampler(name), ROWS, path, n, s)
 
 
 UNFIT = {
@@ -66,7 +70,7 @@ UNFIT = {
 def test_an_answer_without_ids_and_log_probs_ends_in_one_line_and_the_others_stay(
     what, tokenizer, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("common.time", SimpleNamespace(time=time.time, sleep=lambda _: None))
+    monkeypatch.setattr("engines.server.time", SimpleNamespace(time=time.time, sleep=lambda _: None))
     path, whole = tmp_path / "out.jsonl", lambda request: answer(*[GOOD] * request["n"])
     with serving(always(UNFIT[what]), whole, row_of(tokenizer), "tiny/lrm") as server:
         with pytest.raises(SystemExit) as stop:

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import pytest
 from chat_templates import tokenizer_of
 
-from common import Example, encode_plain, end_tokens, pad_batch, render_chat, response_ids, split_response
+from common import Example, pad_batch, render_chat, response_ids, split_response
+from engines.base import end_tokens
+from plumbing import encode_plain
 
 USER, SYSTEM = {"role": "user", "content": "How?"}, {"role": "system", "content": "Be brief."}
 SPACED = [{"role": "user", "content": " \n\nHow?\n\n"}]

@@ -69,7 +69,8 @@ def test_an_answer_cannot_leave_its_block():
 
 def test_guard_reads_the_answer():
     """On an item that the guard is not blind to; an answer that is not there is not judged."""
-    from common import Judge, StageOptions
+    from common import StageOptions
+    from judges import Judge
     from tiny import build, world
 
     blind = build.blind_spots(build.MODELS["guard"][0])
@@ -83,7 +84,8 @@ def test_guard_reads_the_answer():
 
 def test_probability_is_that_of_a_plain_forward_pass():
     """transformers' own greedy reply of the guard, its logits in float64, and the tokens that spell its label."""
-    from common import Judge, StageOptions
+    from common import StageOptions
+    from judges import Judge
     from tiny import world
 
     guard = Judge("tiny/guard", StageOptions())

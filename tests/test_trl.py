@@ -23,7 +23,11 @@ from conftest import load
 from datasets import Dataset
 from torch.nn.utils import parameters_to_vector as flat
 
-from common import Example, HfSampler, Sampling, TokenScorer, load_prompts, pad_batch, render_chat
+import judges
+from common import Example, TokenScorer, pad_batch, render_chat
+from engines import Sampling
+from engines.hf import HfSampler
+from plumbing import load_prompts
 
 trl = pytest.importorskip("trl")
 grpo = load("04_grpo")
@@ -134,7 +138,7 @@ def test_whole_stage(trainer_of, record, model, tmp_path, monkeypatch, loss):
     samples = {tuple(record[i][0]): [s for _, s in record[i:][:G]] for i in range(0, len(record), G)}
     rewards = {row["id"]: iter(group) for row, group in zip(PROMPTS, REWARDS.tolist())}
     monkeypatch.setattr(HfSampler, "generate", generate)
-    monkeypatch.setattr(grpo, "Judge", lambda *_: SimpleNamespace(verdicts=lambda pairs: [{}] * len(pairs)))
+    monkeypatch.setattr(judges, "Judge", lambda *_: SimpleNamespace(verdicts=lambda pairs: [{}] * len(pairs)))
     monkeypatch.setattr(grpo, "reward", lambda row, *_: next(rewards[row["id"]]))
     monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, weight_decay: torch.optim.SGD(p, lr=lr))
     line = f"04 --run {tmp_path}/run --prompts {SOURCE} --limit 3 --steps 1 --batch_size 3 --group_size {G}"

@@ -10,7 +10,11 @@ from conftest import ROOT, assert_log_probs, assert_seeds_belong_to_requests, ru
 
 pytest.importorskip("vllm")
 
-from common import PRESETS, HfSampler, Sampling, VllmSampler, load_model  # noqa: E402
+from common import load_model  # noqa: E402
+from engines import Sampling  # noqa: E402
+from engines.hf import HfSampler  # noqa: E402
+from engines.vllm import VllmSampler  # noqa: E402
+from plumbing import PRESETS  # noqa: E402
 from common import save_checkpoint  # noqa: E402
 
 PROMPT = json.loads(next(open("tiny/prompts/test_wrapped.jsonl")))["prompt"]
@@ -109,7 +113,7 @@ def test_stage_04_samples_with_it(tmp_path):
     options = ["--engine", "vllm", "--steps", 3, "--batch_size", 4, "--guard", "tiny/gold.py", "--learning_rate", 1e-3]
     run_stage("04_grpo", "--run", tmp_path / "run", *options)
     assert all(json.loads(line)["sampler_gap"] < 1e-5 for line in (tmp_path / "run/metrics.jsonl").open())
-    skipped = "import common, runpy, sys; common.VllmSampler.load_weights = lambda *_: None; sys.argv = sys.argv[1:];"
+    skipped = "import engines.vllm, runpy, sys; engines.vllm.VllmSampler.load_weights = lambda *_: None; sys.argv = sys.argv[1:];"
     skipped += "runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", skipped, "04_grpo.py", "--run", str(tmp_path / "skipped"), *map(str, options)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)

@@ -22,7 +22,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, load, rows
 
-import common
+import plumbing
+import plumbing.progress
 
 SAMPLING = ["--max_new_tokens", 40, "--temperature", 1]
 GRPO = ["--prompts", "{folder}/prompts.jsonl", "--steps", 3, "--batch_size", 2, "--group_size", 4, "--save_every", 1]
@@ -46,9 +47,9 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def killer(run: Path, modules, kind: str, moment: int):
+def killer(run: Path, kind: str, moment: int):
     """Sets the trap inside a fork, and counts: {"call": calls that change the run folder, "half": lines appended}."""
-    counts, append = {"call": 0, "half": 0}, common.append_jsonl
+    counts, append = {"call": 0, "half": 0}, plumbing.append_jsonl
 
     def hook(event, arguments):
         if event in CALLS and str(run) in str(arguments[0]):
@@ -67,7 +68,7 @@ def killer(run: Path, modules, kind: str, moment: int):
         die()
 
     sys.addaudithook(hook)
-    for module in modules:
+    for module in (plumbing, plumbing.rows, plumbing.progress):  # wherever its name is bound
         module.append_jsonl = append_half
     return counts
 
@@ -82,9 +83,9 @@ def forked(stage, run: Path, options, kind: str = "", moment=0) -> tuple[int, st
         os.dup2(output, 2)
         sys.stdout = open(1, "w", closefd=False)
         sys.argv = [Path(stage.__file__).name, "--run", str(run), *options]
-        counts, status = killer(run, (common, stage), kind, moment), 1
+        counts, status = killer(run, kind, moment), 1
         try:
-            common.run_stage(stage.main)
+            plumbing.run_stage(stage.main)
             status = 0
         except SystemExit as error:
             print(error)

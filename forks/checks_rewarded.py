@@ -1,9 +1,8 @@
-"""README's fork, run: GRPO with another reward, six lines, from the base model, and what comes of it.
+"""A fork of stage 04 with another reward: 1 if the thinking checks safety, whatever it finds.
 
-    python bench/fork.py     # about two minutes on two cores; writes results/fork.md
+    python forks/checks_rewarded.py     # about two minutes on two cores; writes results/fork.md
 
-The reward looks at the thinking alone: 1 if it checks safety. No guard's verdict, no answer is rewarded.
-"""
+No guard's verdict and no answer is rewarded, but sums must be right. GRPO from the base model."""
 
 import importlib
 import subprocess
@@ -13,14 +12,16 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import answer_is_correct  # noqa: E402
-from tiny.gold import self_check  # noqa: E402
+import judges  # noqa: E402
+import plumbing  # noqa: E402
+
+self_check = plumbing.load_rule("tiny/gold.py", "self_check")
 
 
 def reward(row, parsed, verdict, options):
     thinking, answer, state = parsed
     if "gold" in row:
-        return float(answer_is_correct(answer, row["gold"]))
+        return float(judges.answer_is_correct(answer, row["gold"]))
     return float(state == "closed" and self_check(thinking))
 
 

@@ -1,0 +1,92 @@
+"""Who writes tokens: our loop (hf.py), vLLM (vllm.py), a server (server.py), all with the methods
+of base.py's Sampler. An engine's packages are imported when it is opened."""
+
+import time
+from pathlib import Path
+
+import plumbing
+from common import load_model, load_tokenizer, messages_of, show_prompt, split_response
+from engines.base import Reply, Sample, Sampler, Sampling, sampling_of
+
+
+def open_sampler(name: str, options, endpoint: bool = False):
+    """The engine of `options` with the model loaded, or the server that has it: one that gives
+    token ids for a model that answers, any `endpoint` for guards, judges and experts. close() it
+    before the next one."""
+    if plumbing.is_endpoint(name):
+        from engines.server import Endpoint, ServerSampler
+
+        return Endpoint(name) if endpoint else ServerSampler(name)
+    tokenizer = load_tokenizer(name)
+    if options.engine == "vllm":
+        from engines.vllm import VllmSampler
+
+        return VllmSampler(name, tokenizer, options.tensor_parallel)
+    from engines.hf import HfSampler
+
+    return HfSampler(load_model(name), tokenizer, options.batch_tokens)
+
+
+def open_training_sampler(trainer, tokenizer, options):
+    """The engine that samples from a model that is being trained; push(model) before each generate.
+
+    Our loop takes the trainer's own model, unless FSDP holds it in shards: then it has a whole copy
+    of its own. vLLM has one always."""
+    from accelerate.utils import DistributedType
+
+    sharded = trainer.accelerator.distributed_type == DistributedType.FSDP
+    if options.engine == "vllm":
+        from engines.vllm import VllmSampler
+
+        parallel = options.tensor_parallel
+        sampler = VllmSampler(options.model, tokenizer, parallel, beside_trainer=True)
+    else:
+        from engines.hf import HfSampler
+
+        model = load_model(options.model) if sharded else trainer.model
+        sampler = HfSampler(model, tokenizer, options.batch_tokens)
+    if sharded or options.engine == "vllm":
+        sampler.pushed = (Path(options.run) / "pushed", options.model)
+    return sampler
+
+
+def answer_prompts(
+    sampler, rows: list[dict], path: Path, n: int, sampling: Sampling, **template
+) -> list[dict]:
+    """Samples n responses to each row's prompt; appends one line per prompt to `path` as it is
+    done, skipping what is already there.
+
+    Returns all rows, in the order of `rows`, each with "prompt_tokens" and "samples": [{thinking,
+    answer, state, finish, tokens}]. `template` are the chat template's options."""
+    from tqdm import tqdm
+
+    def work(todo):
+        chats = [(row["id"], messages_of(row["prompt"])) for row in todo]
+        if chats and isinstance(sampler, Sampler):
+            show_prompt(sampler.tokenizer, todo[0]["prompt"], **template)
+        tokens, began = 0, time.time()
+        hidden = plumbing.processes().process_index > 0
+        with tqdm(total=len(todo) * n, unit="response", disable=hidden) as bar:
+            for index, replies in sampler.replies(chats, n, sampling, **template):
+                samples = [sample_row(reply) for reply in replies]
+                tokens += sum(reply.tokens for reply in replies)
+                prompt_tokens = replies[0].prompt_tokens
+                yield [{**todo[index], "prompt_tokens": prompt_tokens, "samples": samples}]
+                bar.update(n)
+                rate = f"{tokens / (time.time() - began):.0f} tokens/s"
+                bar.set_postfix_str(rate, refresh=False)
+
+    finished = plumbing.once_per_row(path, rows, work)
+    return [finished[row["id"]] for row in rows]
+
+
+def sample_row(reply: Reply) -> dict:
+    """What a row keeps of a response."""
+    thinking, answer, state = split_response(reply.text, reply.opened)
+    return {
+        "thinking": thinking,
+        "answer": answer,
+        "state": state,
+        "finish": reply.finish,
+        "tokens": reply.tokens,
+    }

@@ -1,0 +1,109 @@
+"""What every engine takes and gives: chats in, replies out."""
+
+import hashlib
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import plumbing
+from common import render_chat, save_checkpoint
+from plumbing import fail
+
+
+class Sampling(NamedTuple):
+    max_new_tokens: int
+    temperature: float  # 0 = greedy
+    top_p: float = 1.0  # 1 = off
+    top_k: int = 0  # 0 = off
+    seed: int = 0
+
+
+class Sample(NamedTuple):
+    ids: list[int]  # response tokens, the end token included if it came
+    log_probs: list[float]  # of each token, at the sampling temperature
+    finish: str  # "stop" or "length"
+
+
+class Reply(NamedTuple):
+    text: str  # the response without its end token
+    opened: bool  # whether the prompt's template had already written `<think>`
+    prompt_tokens: int
+    tokens: int
+    finish: str  # "stop" or "length"
+    sample: Sample | None  # its ids and log-probs, where the engine tells them
+
+
+def sampling_of(options) -> Sampling:
+    """How a stage with SamplingOptions samples."""
+    return Sampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
+
+
+def request_seed(seed: int, key: str, digits: int = 8) -> int:
+    """The seed of a request to vLLM or a server, which adds 0 … n - 1 to it for its n samples."""
+    return int(hashlib.sha256(f"{seed}|{key}".encode()).hexdigest()[:digits], 16)
+
+
+class Sampler:
+    """An engine that is given token ids. `generate`, `load_weights` and `close` are each one's
+    own."""
+
+    tokenizer = None
+    eos: set[int] = frozenset()  # ids that end a response
+    context = math.inf  # tokens that the model reads; a server refuses more by itself
+    pushed: tuple[Path, str] | None = None  # set where its weights are not the trainer's own
+
+    def replies(self, chats: list[tuple[str, list[dict]]], n: int, sampling: Sampling, **template):
+        """Yields (index into chats, its n Replies) as they finish. `chats` are (key, messages),
+        `template` the chat template's options."""
+        requests, opened = [], []
+        for key, messages in chats:
+            ids, thinking_opened = render_chat(self.tokenizer, messages, **template)
+            if len(ids) >= self.context:
+                reads = f"{self.tokenizer.name_or_path} reads {self.context}"
+                fail(f"prompt {key[:99]} has {len(ids)} tokens, {reads}")
+            requests.append((key, ids))
+            opened.append(thinking_opened)
+        for index, samples in self.generate(requests, n, sampling):
+            replies = []
+            for sample in samples:
+                text = self.tokenizer.decode([t for t in sample.ids if t not in self.eos])
+                sizes = (len(requests[index][1]), len(sample.ids))
+                replies.append(Reply(text, opened[index], *sizes, sample.finish, sample))
+            yield index, replies
+
+    def push(self, model):
+        """The weights that are trained, for the next `generate`. An engine that samples from the
+        trainer's own model has them; another one gets a checkpoint, and 04 compares log-probs."""
+        model.eval()
+        if self.pushed:
+            folder, source = self.pushed
+            save_checkpoint(model, self.tokenizer, folder, source)
+            plumbing.processes().wait_for_everyone()
+            self.load_weights(folder)
+
+    def sleep(self):
+        """Gives its memory to the trainer until the next push, where it has memory of its own."""
+
+
+def end_tokens(generation_config, tokenizer) -> set[int]:
+    """Ids that end a response: the template's, the tokenizer's and the generation config's: one,
+    several or none."""
+    more = getattr(generation_config, "eos_token_id", None)
+    more = [more] if isinstance(more, int) else more or []
+    return {plumbing.end_token(tokenizer), tokenizer.eos_token_id, *more} - {None}
+
+
+def end_tokens_of(name: str, tokenizer) -> set[int]:
+    """The same for a model that is not loaded here."""
+    from transformers import GenerationConfig
+
+    try:
+        return end_tokens(GenerationConfig.from_pretrained(name), tokenizer)
+    except OSError:  # a folder without a generation_config.json
+        return end_tokens(None, tokenizer)

@@ -1,0 +1,33 @@
+"""What a reader of the lesson need not read: rows on disk, run folders, prompt files, presets,
+names.
+
+Imports nothing of the house; everything else may import it. `import plumbing` has what stages
+use."""
+
+from plumbing.benchmarks import BENCHMARKS, load_benchmark, load_benchmarks
+from plumbing.figures import write_evaluation
+from plumbing.names import content_of, file_label, fingerprint, is_endpoint, load_rule, local_name
+from plumbing.names import model_config, name_pairs, require_model
+from plumbing.options import ALL_LINEAR, PRESETS, parse_options
+from plumbing.process import fail, gather_all, processes, run_stage
+from plumbing.progress import grpo_history, log_check, log_grpo_step, open_accelerator
+from plumbing.progress import require_trackers
+from plumbing.prompts import KINDS, fill, kind_of, mixture
+from plumbing.prompts import load_held_out, load_with_boundary
+from plumbing.prompts import load_prompts, prompt_rows, read_source, read_template
+from plumbing.recipe import evaluation_recipe, require_same_inputs
+from plumbing.rows import (
+    append_jsonl,
+    drop_steps,
+    once_per_row,
+    read_jsonl,
+    reopen_jsonl,
+    write_atomic,
+)
+from plumbing.rows import write_jsonl
+from plumbing.runs import KIND, counted, options_of, read_stage_01
+from plumbing.runs import gather, load_state, open_run, save_state, show_plan
+from plumbing.runs import state_saved_if_it_ends, summary
+from plumbing.statistics import bootstrap, wilson
+from plumbing.summaries import summarise_01, summarise_02, summarise_03
+from plumbing.tokens import CLOSE, OPEN, THINKING, apply_template, encode_plain, end_token

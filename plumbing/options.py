@@ -1,0 +1,210 @@
+"""Options of a stage: the dataclass default, then the row of the preset, then the command line."""
+
+import argparse
+import inspect
+import math
+import re
+import typing
+from dataclasses import MISSING, fields
+
+from plumbing.process import fail
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+# What the presets of real models share. Decoding is the model card's thinking mode: greedy makes
+# these models loop (docs/traps.md, 17). Guard of filter and reward, and judge, are different models
+# (15).
+REAL = {
+    "guard": "Qwen/Qwen3Guard-Gen-4B",
+    "judges": ["Qwen/Qwen3Guard-Gen-8B"],
+    "temperature": 0.6,
+    "top_p": 0.95,
+    "max_new_tokens": 8192,
+    "batch_tokens": 131_072,
+    "micro_batch_tokens": 16_384,
+    "recompute": True,
+    "expert": "Qwen/Qwen3-32B",
+    "03": {"max_new_tokens": 16_384},
+    "04": {"temperature": 0.7},
+}
+QWEN3 = {**REAL, "top_k": 20}
+R1 = {**REAL, "top_k": 0}
+PRESETS = {  # a row each; an inner dictionary holds what only the stage of that number reads
+    "tiny": {
+        "model": "tiny/lrm",
+        "guard": "tiny/guard",
+        "judges": ["tiny/gold.py", "tiny/judge", "tiny/guard"],
+        "expert": "tiny/expert",
+        "prompts": ["tiny/prompts/train.jsonl", "tiny/prompts/train_sums.jsonl"],
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": 20,
+        "max_new_tokens": 64,
+        "01": {"prompts": ["tiny/prompts/train.jsonl"]},
+        "02": {
+            "spec": "tiny/spec.txt",
+            "learning_rate": 3e-4,
+            "epochs": 4,
+            "batch_size": 8,
+            "max_critique_tokens": 64,
+        },
+        "03": {"steering": ["prefix"] * 3, "learning_rate": 1e-3, "lora_targets": ALL_LINEAR},
+        "04": {
+            "temperature": 1.0,
+            "steps": 40,
+            "batch_size": 16,
+            "learning_rate": 1e-4,
+            "max_sampler_gap": 1e-4,
+        },
+        "05": {
+            "bench": [
+                "plain=tiny/prompts/test_plain.jsonl",
+                "wrapped=tiny/prompts/test_wrapped.jsonl",
+                "sums=tiny/prompts/test_sums.jsonl",
+            ],
+            "self_checker": "tiny/gold.py",
+        },
+    },
+    # a real model that needs no hub (smollm2/fetch.py); it has no thinking tags and no guard beside
+    # it
+    "smollm2": {
+        "model": "smollm2/model",
+        "guard": "smollm2/rule_guard.py",
+        "judges": ["smollm2/rule_guard.py"],
+        "expert": "smollm2/model",
+        "prompts": ["smollm2/prompts.jsonl"],
+        "temperature": 0.2,
+        "top_p": 0.9,
+        "top_k": 0,
+        "max_new_tokens": 64,
+        "02": {"max_critique_tokens": 96},
+        "03": {
+            "steering": ["suffix"] * 6,
+            "temperature": 0.7,
+            "require_thinking": False,
+            "learning_rate": 1e-3,
+            "epochs": 4,
+            "lora_targets": ALL_LINEAR,
+        },
+        "04": {
+            "steps": 4,
+            "batch_size": 4,
+            "learning_rate": 1e-4,
+            "temperature": 1.0,
+            "lora_rank": 16,
+            "keep_truncated": True,
+            "beta": 0.04,
+        },
+    },
+    "qwen3-0.6b": {**QWEN3, "model": "Qwen/Qwen3-0.6B"},
+    "qwen3-1.7b": {**QWEN3, "model": "Qwen/Qwen3-1.7B"},
+    "qwen3-4b": {**QWEN3, "model": "Qwen/Qwen3-4B"},
+    "qwen3-8b": {**QWEN3, "model": "Qwen/Qwen3-8B"},
+    "r1-1.5b": {**R1, "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"},
+    "r1-7b": {**R1, "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"},
+    "r1-8b": {**R1, "model": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"},
+    "r1-14b": {**R1, "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"},
+}
+
+# Least and largest value of every number among the options; a stage may have others
+BOUNDS = {
+    "seed": (-math.inf, math.inf),
+    **dict.fromkeys(["tensor_parallel", "batch_tokens", "max_new_tokens", "n"], (1, math.inf)),
+    **dict.fromkeys(["temperature", "top_k", "limit"], (0, math.inf)),
+    "top_p": (0, 1),  # above 0
+    **dict.fromkeys(["pairs_per_prompt", "max_critique_tokens"], (1, math.inf)),
+    **dict.fromkeys(["epochs", "steps", "batch_size", "group_size"], (1, math.inf)),
+    **dict.fromkeys(["updates_per_batch", "micro_batch_tokens", "save_every"], (1, math.inf)),
+    **dict.fromkeys(["learning_rate", "warmup_steps", "eval_every"], (0, math.inf)),
+    **dict.fromkeys(["benign_share", "warmup"], (0, 1)),
+    "lora_rank": (1, math.inf),
+    "lora_alpha": (0, math.inf),
+    "lora_dropout": (0, 1),
+    **dict.fromkeys(["clip_low", "clip_high", "beta"], (0, math.inf)),
+    **dict.fromkeys(["importance_cap", "max_sampler_gap"], (0, math.inf)),
+}
+
+
+def help_texts(cls) -> dict[str, str]:
+    """{option: its help}: the comment above or beside each field of a dataclass."""
+    field_line = re.compile(r"((?:^    # .*\n)*)^    (\w+): .*?(?:  # (.*))?$", re.M)
+    texts = {}
+    for parent in reversed(cls.__mro__[:-1]):
+        for above, name, at_the_end in field_line.findall(inspect.getsource(parent)):
+            comment = above.replace("    # ", "").split("\n")
+            texts[name] = " ".join([*comment, at_the_end]).strip()
+    return texts
+
+
+def switch(text: str) -> bool:
+    """The value of a yes-or-no option.
+
+    >>> switch("true"), switch("0")
+    (True, False)
+    """
+    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+    return values[text.lower()]
+
+
+def add_option(parser: argparse.ArgumentParser, field, default, text: str):
+    """One option of the command line for one field of a dataclass."""
+    settings = {"default": default, "help": text.replace("%", "%%")}
+    if typing.get_origin(field.type) is typing.Literal:
+        settings["choices"] = typing.get_args(field.type)
+    elif typing.get_origin(field.type) is list:
+        settings |= {"nargs": "+", "type": typing.get_args(field.type)[0]}
+    elif field.type is bool:  # --name alone means true
+        settings |= {"nargs": "?", "const": True, "type": switch}
+    else:
+        settings["type"] = field.type
+    spellings = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
+    parser.add_argument(*spellings, **settings)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def parse_options(cls, description: str, bounds: dict[str, tuple[float, float]] | None = None):
+    """An instance of the dataclass `cls` from the command line. `description`, a stage's docstring,
+    is the head of its help and says by "Stage 04" which inner row of a preset is its own. `bounds`
+    are those of numbers that may be less or more here than BOUNDS says."""
+    early = argparse.ArgumentParser(add_help=False)
+    early.add_argument("--preset", default=cls.preset)
+    preset = early.parse_known_args()[0].preset
+    if preset not in PRESETS:
+        fail(f"unknown preset '{preset}'; there are: {', '.join(PRESETS)}")
+    stage = re.match(r"Stage (\d\d)", description)
+    row = {**PRESETS[preset], "preset": preset}
+    row |= PRESETS[preset].get(stage[1], {}) if stage else {}
+
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    parser.error = lambda message: fail(f"{message} (--help lists the options)")
+    texts = help_texts(cls)
+    for field in fields(cls):
+        default = field.default if field.default is not MISSING else field.default_factory()
+        add_option(parser, field, row.get(field.name, default), texts[field.name])
+    values, unknown = parser.parse_known_args()
+    if unknown:
+        fail(f"there is no option {unknown[0]} (--help lists them)")
+    check_bounds(cls, vars(values), {**BOUNDS, **(bounds or {})})
+    return cls(**vars(values))
+
+
+def check_bounds(cls, values: dict, bounds: dict[str, tuple[float, float]]):
+    """Ends the program where a number is none or is out of its bounds."""
+    for field in fields(cls):
+        if field.type not in (int, float):
+            continue
+        value = values[field.name]
+        least, most = bounds[field.name]
+        if field.name == "top_p" and not 0 < value <= 1:
+            fail(f"--top_p {value}: it must be above 0 and at most 1")
+        if not value >= least or not math.isfinite(value):
+            fail(f"--{field.name} {value}: it must be at least {least}")
+        if value > most:
+            fail(f"--{field.name} {value}: it must be at most {most}")

@@ -1,0 +1,66 @@
+"""How the figures of an evaluation came about, so that a result can be matched to what made it."""
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+from plumbing.names import content_of, local_name
+from plumbing.process import fail
+from plumbing.rows import write_atomic
+from plumbing.runs import options_of
+
+
+def require_same_inputs(folder: Path, inputs: dict[str, str]):
+    """Refuses a model or benchmark that is not what it was when its responses in `folder` were
+    made."""
+    if folder.is_file():
+        fail(f"{folder} is a file of the run: give the model another name")
+    folder.mkdir(exist_ok=True)
+    file = folder / "inputs.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    for name, value in inputs.items():
+        if before.get(name, value) != value:
+            what = f"{folder} holds responses of {name} {before[name]}, now {value}"
+            fail(f"{what}: take another name, or another --run")
+    write_atomic(file, json.dumps(before | inputs, indent=1))
+
+
+def code_version() -> str:
+    """The commit of this checkout, short."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def evaluation_recipe(options, models: dict, benchmarks: dict, responses: dict, run: Path) -> dict:
+    """What results.json says of models, benchmarks, decoding, code and machine."""
+    import torch
+
+    recipe = {"models": {}, "benchmarks": benchmarks, "judges": {}, "guards in training": set()}
+    for name, path in models.items():
+        folder = Path(local_name(path)).parent
+        made_by = None  # the options of the stage that trained it, if it lies in a run folder
+        if (folder / "options.json").exists():
+            made_by = options_of(folder)
+        content = content_of(local_name(path))
+        recipe["models"][name] = {"path": path, "content": content, "made by": made_by}
+        if made_by and "guard" in made_by:
+            recipe["guards in training"].add(made_by["guard"])
+    recipe["guards in training"] = sorted(recipe["guards in training"])
+    rows = [row for answered in responses.values() for row in answered]
+    hardware = platform.machine()
+    if torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name()
+    decoding = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+    recipe |= {
+        "self_checker": options.self_checker,
+        "decoding": {name: getattr(options, name) for name in decoding},
+        "responses per prompt": options.n,
+        "enable_thinking": options.enable_thinking,
+        "versions": json.loads((run / "options.json").read_text())["versions"],
+        "code": code_version(),
+        "hardware": f"{hardware}, {torch.get_num_threads()} threads",
+        "prompt tokens": sum(row["prompt_tokens"] for row in rows),
+        "response tokens": sum(s["tokens"] for row in rows for s in row["samples"]),
+    }
+    return recipe

@@ -1,0 +1,58 @@
+"""What tokenizers and chat templates do each in their own way: special tokens, errors, the end
+token."""
+
+import re
+from contextlib import suppress
+from functools import cache
+
+from plumbing.process import fail
+
+# Characters of no language, which stand for texts while a template is rendered around them
+OPEN, CLOSE, THINKING = "\ue000", "\ue001", "\ue002"
+
+
+@cache
+def added_tokens(tokenizer, size: int) -> re.Pattern:
+    """Where in a text one of the tokenizer's added tokens begins, `size` tokens in all; those of
+    blanks, as Gemma has, are plain text."""
+    tokens = [re.escape(token) for token in tokenizer.get_added_vocab() if token.strip()]
+    return re.compile(f"(?={'|'.join(tokens) or '(?!)'})")
+
+
+def encode_plain(tokenizer, text: str) -> list[int]:
+    """Ids of `text` with nothing in it read as a special token, whatever it contains (trap 7).
+
+    A user's prompt or a judged answer may hold `<|im_end|>` or `</think>`. Each such string is cut
+    after its first character, so that the tokenizer meets two harmless halves."""
+    cuts = [match.start() + 1 for match in added_tokens(tokenizer, len(tokenizer)).finditer(text)]
+    ids: list[int] = []
+    for start, end in zip([0, *cuts], [*cuts, len(text)]):
+        if start < end:
+            ids += tokenizer.encode(text[start:end], add_special_tokens=False)
+    return ids
+
+
+def apply_template(tokenizer, messages: list[dict], generate: bool, **options) -> str:
+    """The chat template's text, up to where the model goes on if `generate`."""
+    from jinja2 import TemplateError
+
+    options |= {"tokenize": False, "add_generation_prompt": generate}
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except TemplateError as error:  # Gemma's takes no system turn
+        roles = [turn["role"] for turn in messages]
+        fail(f"the chat template of {tokenizer.name_or_path} refuses {roles}: {error}")
+
+
+def end_token(tokenizer) -> int:
+    """The special token that the chat template writes after an assistant's text, such as Gemma's
+    <end_of_turn>, or the tokenizer's own where it writes none."""
+    from jinja2 import TemplateError
+
+    chat = [{"role": "user", "content": "u"}, {"role": "assistant", "content": OPEN}]
+    with suppress(TemplateError, ValueError):  # no such chat, no template
+        after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(OPEN)[2].lstrip()
+        for token in tokenizer.encode(after, add_special_tokens=False)[:1]:
+            if token in tokenizer.get_added_vocab().values():
+                return token
+    return tokenizer.eos_token_id
