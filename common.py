@@ -1,9 +1,9 @@
 """What all five stages need and a reader of the lesson should know: options, chat and think
 parsing, the model and LoRA, token log-probs, examples and micro-batches, the training loop.
 
-Nothing that a paper is about lives here: the losses, the selection rule, the steering text, the
-advantages and the rewards stand in the stage that they belong to. Who writes tokens: engines/. Who
-judges answers: judges/. Files and folders: plumbing/. "Trap 7" is number 7 of docs/traps.md."""
+Nothing that a paper is about lives here: losses, selection, steering, advantages and rewards stand
+in their stages. Who writes tokens: engines/. Who judges answers: judges/. Files and folders:
+plumbing/. "Trap 7" is number 7 of docs/traps.md."""
 
 import math
 import os
@@ -74,9 +74,7 @@ def prompt_text(prompt) -> str:
     return messages_of(prompt)[-1]["content"]
 
 
-def render_chat(
-    tokenizer, messages: list[dict], generate: bool = True, **template_options
-) -> tuple[list[int], bool]:
+def render_chat(tokenizer, messages: list[dict], generate: bool = True, **template_options):
     """(ids, opened): the chat template's ids for `messages`, contents as plain text, and whether it
     opens `<think>`.
 
@@ -103,9 +101,8 @@ def render_chat(
     for piece in re.split(f"((?:<think>\\s*{THINKING}\\s*</think>\\s*)?{mark})", rendered):
         if piece.endswith(CLOSE):
             i = int(piece[piece.index(OPEN) + 1 : -1])
-            kept_thinking = not piece.startswith(OPEN)
-            text = messages[i]["content"].strip() if kept_thinking else texts[i]
-            ids += encode_plain(tokenizer, text)
+            whole = messages[i]["content"].strip()  # where the template keeps the thinking
+            ids += encode_plain(tokenizer, texts[i] if piece.startswith(OPEN) else whole)
         elif piece:
             ids += tokenizer.encode(piece, add_special_tokens=False)
     return ids, rendered.rfind("<think>") > rendered.rfind("</think>")
@@ -181,15 +178,8 @@ def load_tokenizer(name: str):
 
 def load_model(name: str, dtype=None):
     """Safetensors only, no remote code; bfloat16 on a GPU and float32 elsewhere unless told."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, trust_remote_code=False, use_safetensors=True
-    )
-    return model.to(plumbing.processes().device).eval()
+    return plumbing.load_whole(name, dtype).to(plumbing.processes().device).eval()
 
 
 class LoRALinear(nn.Module):
@@ -227,8 +217,7 @@ def add_lora(model, rank: int, alpha: float, dropout: float, targets: list[str],
             setattr(model.get_submodule(parent), last, layer)
             replaced += 1
     if not replaced:
-        wanted = "--lora_targets takes the last part of a module's name"
-        fail(f"no linear layer is named {' or '.join(targets)}; {wanted}")
+        fail(f"no linear layer is named {' or '.join(targets)} (--lora_targets: its last part)")
 
 
 def lora_layers(model) -> list[tuple[str, LoRALinear]]:
@@ -264,8 +253,8 @@ def save_checkpoint(model, tokenizer, folder: Path, source: str):
         state[f"{name}.weight"] = base + layer.scale * (B @ A).to(base.dtype)
         if layer.base.bias is not None:
             state[f"{name}.bias"] = state.pop(f"{name}.base.bias")
-    weights = {name: tensor.to(dtype) for name, tensor in state.items()}
-    model.save_pretrained(temporary, state_dict=weights)
+    state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    model.save_pretrained(temporary, state_dict=state)
     tokenizer.save_pretrained(temporary)
     if folder.exists():
         shutil.rmtree(folder)
@@ -280,8 +269,8 @@ class Example(NamedTuple):
 
 def make_example(tokenizer, prompt, thinking: str | None, answer: str, options) -> Example:
     """The prompt as the model reads it, and a response to it from its parts."""
-    chat = messages_of(prompt)
-    ids, opened = render_chat(tokenizer, chat, enable_thinking=options.enable_thinking)
+    template = {"enable_thinking": options.enable_thinking}
+    ids, opened = render_chat(tokenizer, messages_of(prompt), **template)
     return Example(ids, response_ids(tokenizer, thinking, answer, opened))
 
 
@@ -351,23 +340,30 @@ class TokenScorer(nn.Module):
             model.gradient_checkpointing_enable()
         self.model = model
         self._no_split_modules = model._no_split_modules  # FSDP shards these layers one by one
+        self.fast = True
+        self.fast = plumbing.holds(model, self.response_log_probs, "the head by itself, in chunks,")
 
-    def forward(
-        self, ids, mask, temperature: float = 1.0, full_kl: bool = False, chunk: int = 0
-    ) -> Scores:
+    def response_log_probs(self, rows: list[list[int]]) -> list[torch.Tensor]:
+        """Of all tokens but the first, row by row."""
+        batch = pad_batch([Example(row[:1], row[1:]) for row in rows], self.model.device)
+        return self.forward(*batch).log_probs.split([len(row) - 1 for row in rows])
+
+    def forward(self, ids, mask, temperature=1.0, full_kl=False, chunk: int = 0) -> Scores:
         """Scores of the N response tokens, row after row: ids (B, T), mask (B, T).
 
         The head runs on response positions only, `chunk` at a time (0 = as many as fill 40 MB, on a
         GPU 1 GB, of logits) and again in the backward pass, so that logits of a 151 k vocabulary
         never exist at once. `full_kl` runs the model a second time with LoRA off, the reference."""
 
-        def hidden_states():  # (N, H): position t predicts token t + 1
-            decoder = self.model.get_decoder()
-            states = decoder(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, H)
+        def hidden_states():  # (N, H): position t predicts token t + 1; (N, V) if not fast
+            decoder = self.model.get_decoder() if self.fast else self.model
+            output = decoder(input_ids=ids, use_cache=False)
+            states = output.last_hidden_state if self.fast else output.logits  # (B, T, H or V)
             return states[:, :-1][mask[:, 1:]]
 
         def distribution(h):
-            logits = self.model.get_output_embeddings()(h).float()  # (chunk, V)
+            head = self.model.get_output_embeddings() if self.fast else torch.clone
+            logits = head(h).float()  # (chunk, V)
             return F.log_softmax(logits.div_(temperature) if temperature != 1 else logits, dim=-1)
 
         def head(h, label, h0):
@@ -470,11 +466,10 @@ def training_steps(run: Path, options, items: list, steps: int, rate_at, trainer
     A loss or gradient that is not finite ends the run before the step is recorded or saved."""
     from tqdm import tqdm
 
-    _, model, _, optimizer = trainer
+    model, optimizer = trainer.model, trainer.optimizer
     state, path, size = run / "state.safetensors", run / "metrics.jsonl", options.batch_size
     first_process = plumbing.processes().process_index == 0
     start = plumbing.load_state(state, model, optimizer)
-    plumbing.processes().wait_for_everyone()
     if start < steps:  # steps after the saved state run again: each stands once
         plumbing.drop_steps(run, start)
     with tqdm(total=steps, initial=start, unit="step", disable=not first_process) as bar:
@@ -491,8 +486,8 @@ def training_steps(run: Path, options, items: list, steps: int, rate_at, trainer
                 what = f"loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}"
                 fail(f"step {step}: {what}; {run} keeps the state saved before it")
             if first_process:
-                seconds = round(time.time() - began, 3)
-                plumbing.append_jsonl(path, [{**metrics, "seconds": seconds}])
+                metrics["seconds"] = round(time.time() - began, 3)
+                plumbing.append_jsonl(path, [metrics])
             bar.update()
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
             if (step + 1) % options.save_every == 0:

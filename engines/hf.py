@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+import plumbing
 from engines.base import Sample, Sampler, Sampling, end_tokens
 
 
@@ -90,12 +91,135 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
+class CachedRows:
+    """R = B * n rows of a batch in front of a model with a KV cache: each prompt is computed once
+    and its cache expanded to its n rows. `room` tokens may be appended. V = vocabulary."""
+
+    layer = DynamicLayer
+
+    def __init__(self, model, prompts: list[list[int]], n: int, room: int):
+        self.model, device, width = model, model.device, max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (B, P)
+        lengths = torch.tensor([len(p) for p in prompts], device=device)  # (B,)
+        mask = torch.arange(width, device=device) >= (width - lengths).unsqueeze(1)  # (B, P)
+        self.ragged = not bool(mask.all())  # equal lengths need no mask, which is faster
+        self.cache = DynamicCache(config=model.config)
+        if self.layer is not DynamicLayer:
+            layers = self.cache.layers
+            self.cache.layers = [self.layer() if type(x) is DynamicLayer else x for x in layers]
+        output = model(
+            input_ids=ids,
+            past_key_values=self.cache,
+            attention_mask=mask.long() if self.ragged else None,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache.batch_repeat_interleave(n)
+        self.logits = output.logits[:, -1].repeat_interleave(n, 0)  # (R, V) after the prompts
+        self.positions = lengths.repeat_interleave(n)  # (R,) of the next token
+        self.width = width
+        if self.ragged:
+            self.mask = F.pad(mask, (0, room), value=True).repeat_interleave(n, 0).long()
+
+    def keep(self, rows):
+        """Goes on with these of the rows, (R',) indices."""
+        self.cache.batch_select_indices(rows)
+        self.positions = self.positions[rows]
+        if self.ragged:
+            self.mask = self.mask[rows]
+
+    def append(self, tokens):
+        """One more token for every row, (R,) -> logits (R, V) of the next."""
+        self.width += 1
+        output = self.model(
+            input_ids=tokens.unsqueeze(1),
+            attention_mask=self.mask[:, : self.width] if self.ragged else None,
+            position_ids=self.positions.unsqueeze(1),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.positions = self.positions + 1
+        return output.logits[:, -1]
+
+
+class FastRows(CachedRows):
+    """With the cache and the attention above, for models of ordinary attention layers."""
+
+    layer = RoomyLayer
+
+
+class PlainRows:
+    """The same without a cache: every token is a plain forward pass over the whole rows, padded on
+    the right, which any causal model computes right."""
+
+    def __init__(self, model, prompts: list[list[int]], n: int, room: int):
+        self.model, device, width = model, model.device, max(map(len, prompts)) + room
+        self.ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
+        self.lengths = torch.tensor([len(p) for p in prompts], device=device)
+        self.logits = self.last_logits().repeat_interleave(n, 0)  # (R, V)
+        self.ids = self.ids.repeat_interleave(n, 0)
+        self.lengths = self.lengths.repeat_interleave(n)
+
+    def last_logits(self):
+        ids = self.ids[:, : int(self.lengths.max())]
+        logits = self.model(input_ids=ids, use_cache=False).logits  # (R, T, V)
+        return logits[torch.arange(len(ids), device=ids.device), self.lengths - 1]
+
+    def keep(self, rows):
+        self.ids, self.lengths = self.ids[rows], self.lengths[rows]
+
+    def append(self, tokens):
+        self.ids[torch.arange(len(tokens), device=tokens.device), self.lengths] = tokens
+        self.lengths = self.lengths + 1
+        return self.last_logits()
+
+
 class HfSampler(Sampler):
     def __init__(self, model, tokenizer, batch_tokens: int):
-        model.set_attn_implementation("one_token")
         self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
         self.eos = end_tokens(model.generation_config, tokenizer)
         self.context = getattr(model.config, "max_position_embeddings", math.inf)
+        self.rows = self.proven_rows()
+
+    def proven_rows(self):
+        """The fastest of the three classes above whose log-probs are those of a plain forward
+        pass."""
+        model, attention = self.model, self.model.config._attn_implementation
+        if attention == "one_token":  # by an earlier sampler of the same model
+            return FastRows
+        proof = plumbing.Proof(model)
+        if attention == "sdpa":
+            model.set_attn_implementation("one_token")
+            gap = proof.gap_of(model, lambda rows: self.try_rows(FastRows, rows))
+            if gap <= proof.allowed:
+                return FastRows
+            model.set_attn_implementation(attention)
+        gap = proof.gap_of(model, lambda rows: self.try_rows(CachedRows, rows))
+        if gap <= proof.allowed:
+            return CachedRows
+        plumbing.say_slower(model, "sampling with a cache", gap)
+        return PlainRows
+
+    def try_rows(self, rows_class, rows: list[list[int]], new: int = 5) -> list[torch.Tensor]:
+        """Log-probs of the last `new` tokens of two rows, each twice in the batch; one of the four
+        leaves on the way."""
+        prompts = [row[:-new] for row in rows]
+        batch = rows_class(self.model, prompts, 2, new)
+        owners, logits = [0, 0, 1, 1], batch.logits
+        log_probs = [[], []]
+        for t in range(new):
+            tokens = [rows[owner][len(prompts[owner]) + t] for owner in owners]
+            tokens = torch.tensor(tokens, device=logits.device)
+            scores = logits.float().log_softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
+            log_probs[0].append(scores[0])
+            log_probs[1].append(scores[-1])
+            if t == 1:
+                keep = torch.tensor([0, 2, 3], device=logits.device)
+                batch.keep(keep)
+                owners, tokens = [0, 1, 1], tokens[keep]
+            logits = batch.append(tokens)
+        return [torch.stack(own) for own in log_probs]
 
     def generate(self, requests: list[tuple[str, list[int]]], n: int, sampling: Sampling):
         """Yields (index into requests, its n Samples) as batches finish. `requests` are (key,
@@ -110,38 +234,17 @@ class HfSampler(Sampler):
             for j, index in enumerate(batch):
                 yield index, samples[j * n : j * n + n]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode, in which autocast casts every weight for every token
     def sample_batch(self, requests, n: int, s: Sampling) -> list[Sample]:
-        """n Samples for each request, request after request. Each prompt is computed once and its
-        KV cache expanded to its n rows; finished rows leave the batch.
-
-        B = prompts, R = rows = B * n still in the batch, P = longest prompt, V = vocabulary."""
-        model, device = self.model, self.model.device
+        """n Samples for each request, request after request; finished rows leave the batch."""
+        batch = self.rows(self.model, [prompt for _, prompt in requests], n, s.max_new_tokens)
+        logits, device = batch.logits, self.model.device
         eos = torch.tensor(sorted(self.eos), device=device)
-        ids, mask, lengths = self.pad_left([prompt for _, prompt in requests])  # (B, P) twice, (B,)
-        ragged = not bool(mask.all())  # equal lengths need no mask, and attention is faster without
-        cache = DynamicCache(config=model.config)
-        layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-        cache.layers = layers
-        output = model(
-            input_ids=ids,
-            past_key_values=cache,
-            attention_mask=mask.long() if ragged else None,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache.batch_repeat_interleave(n)
-        logits = output.logits[:, -1].repeat_interleave(n, 0)  # (R, V)
-        lengths = lengths.repeat_interleave(n)  # (R,)
-        if ragged:
-            mask = F.pad(mask, (0, s.max_new_tokens), value=True).repeat_interleave(n, 0).long()
         uniforms = []
         for key, _ in requests:
             uniforms += [row_uniforms(s.seed, key, k, s.max_new_tokens) for k in range(n)]
         uniforms = torch.stack(uniforms).to(device)  # (R, max_new_tokens)
-
-        rows = torch.arange(len(requests) * n, device=device)  # which rows are still in the batch
+        rows = torch.arange(len(uniforms), device=device)  # which rows are still in the batch
         alive = torch.ones_like(rows, dtype=torch.bool)  # which of those have not ended
         all_tokens = torch.zeros_like(uniforms, dtype=torch.long)
         all_log_probs = torch.zeros_like(uniforms)
@@ -159,30 +262,15 @@ class HfSampler(Sampler):
                 break
             if left <= 0.75 * len(rows):  # a quarter has ended: worth copying the others' cache
                 keep = alive.nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
+                batch.keep(keep)
                 rows, tokens, alive = rows[keep], tokens[keep], alive[keep]
-            output = model(
-                input_ids=tokens.unsqueeze(1),
-                attention_mask=mask[rows, : ids.size(1) + step + 1] if ragged else None,
-                position_ids=(lengths[rows] + step).unsqueeze(1),
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits = output.logits[:, -1]
-        columns = (t.tolist() for t in (all_tokens, all_log_probs, sizes, ended))
+            logits = batch.append(tokens)
         samples = []
+        columns = (t.tolist() for t in (all_tokens, all_log_probs, sizes, ended))
         for row_ids, row_log_probs, size, stopped in zip(*columns):
             finish = "stop" if stopped else "length"
             samples.append(Sample(row_ids[:size], row_log_probs[:size], finish))
         return samples
-
-    def pad_left(self, prompts: list[list[int]]):
-        """ids (B, P), mask (B, P) true on tokens, lengths (B,)."""
-        device, width = self.model.device, max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        mask = torch.arange(width, device=device) >= (width - lengths).unsqueeze(1)
-        return ids, mask, lengths
 
     def load_weights(self, folder: Path):
         """A checkpoint's weights in place of its own."""

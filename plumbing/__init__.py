@@ -6,6 +6,7 @@ use."""
 
 from plumbing.benchmarks import BENCHMARKS, load_benchmark, load_benchmarks
 from plumbing.figures import write_evaluation
+from plumbing.loading import load_whole
 from plumbing.names import content_of, file_label, fingerprint, is_endpoint, load_rule, local_name
 from plumbing.names import model_config, name_pairs, require_model
 from plumbing.options import ALL_LINEAR, PRESETS, parse_options
@@ -15,6 +16,7 @@ from plumbing.progress import require_trackers
 from plumbing.prompts import KINDS, fill, kind_of, mixture
 from plumbing.prompts import load_held_out, load_with_boundary
 from plumbing.prompts import load_prompts, prompt_rows, read_source, read_template
+from plumbing.proof import Proof, holds, say_slower
 from plumbing.recipe import evaluation_recipe, require_same_inputs
 from plumbing.rows import (
     append_jsonl,

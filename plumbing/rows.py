@@ -68,6 +68,7 @@ def write_jsonl(path: Path, rows: list[dict]):
 
 def drop_steps(run: Path, start: int):
     """Takes step `start` and those after it out of the logs of a training run."""
+    process.processes().wait_for_everyone()
     for path in (run / "metrics.jsonl", run / "samples.jsonl"):
         if path.exists():
             write_jsonl(path, [row for row in reopen_jsonl(path) if row["step"] < start])

@@ -1,0 +1,41 @@
+"""A model folder or hub id, loaded whole or refused in one line."""
+
+from plumbing.process import fail
+
+
+def load_whole(name: str, dtype):
+    """The causal language model of that name: safetensors only, no remote code. A tensor that is
+    missing, left over or of another shape ends the program with its name; transformers would start
+    it at random, or drop it, and go on."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # the line below says it
+    settings = {"use_safetensors": True, "output_loading_info": True}
+    settings["ignore_mismatched_sizes"] = True  # they are reported
+    try:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=False, **settings
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        fail(f"cannot load the weights of {name}: {what}")
+    finally:
+        logging.set_verbosity(level)
+    require_every_tensor(name, loaded)
+    return model
+
+
+def require_every_tensor(name: str, loaded: dict):
+    for kind, what in (
+        ("missing_keys", "lacks the tensor"),
+        ("mismatched_keys", "has another shape for the tensor"),
+        ("unexpected_keys", "has a tensor that this model has no place for:"),
+    ):
+        tensors = sorted(key if isinstance(key, str) else key[0] for key in loaded[kind])
+        if tensors:
+            more = f" (and {len(tensors) - 1} more)" if len(tensors) > 1 else ""
+            fail(f"{name} {what} {tensors[0]}{more}")

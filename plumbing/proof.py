@@ -1,0 +1,96 @@
+"""A fast path proves itself against the model's own plain forward pass, on the model at hand, or
+gives way to it.
+
+Plain: whole rows, padded on the right, without mask or cache. It has what an architecture adds to
+the ordinary (scaled or capped logits, attention sinks, layers that are no attention), whatever that
+is. What is faster leaves things out, so it is compared on a few tokens before any work."""
+
+import math
+
+import torch
+
+from plumbing.process import fail
+
+TOLERANCE = 1e-4  # of a log-prob in float32; in bfloat16 what padding alone changes, four times
+ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError)
+
+
+def probe_rows(config) -> list[list[int]]:
+    """Two rows of token ids of different lengths, longer than a short sliding window."""
+    config = config.get_text_config()
+    window = getattr(config, "sliding_window", None) or 0
+    window = max(window, getattr(config, "attention_chunk_size", None) or 0)
+    length = 12 + (window if window <= 64 else 0)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(config.vocab_size, (2, length), generator=generator).tolist()
+    return [rows[0], rows[1][: length - 5]]
+
+
+def token_log_probs(model, rows: list[list[int]]) -> list[torch.Tensor]:
+    """(T - 1,) log-probs of the tokens after the first, row by row, from one plain forward pass."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
+    log_probs = model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+    log_probs = log_probs.gather(2, ids[:, 1:, None]).squeeze(2)  # (B, T - 1)
+    return [log_probs[i, : len(row) - 1] for i, row in enumerate(rows)]
+
+
+def gap(log_probs, expected) -> float:
+    """Largest difference; infinite where one is no number."""
+    difference = (torch.as_tensor(log_probs).cpu() - torch.as_tensor(expected).cpu()).abs().max()
+    return difference.item() if difference.isfinite() else math.inf
+
+
+class Proof:
+    """What the model's plain forward pass says of the probe rows, and how far one may be from
+    it."""
+
+    @torch.no_grad()
+    def __init__(self, model):
+        self.rows = probe_rows(model.config)
+        training = model.training
+        model.eval()
+        try:
+            self.plain = [token_log_probs(model, [row])[0] for row in self.rows]
+            noise = gap(torch.cat(token_log_probs(model, self.rows)), torch.cat(self.plain))
+        except ERRORS as error:
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            fail(f"{model.name_or_path}: its forward pass on plain token ids fails: {what}")
+        model.train(training)
+        exact = next(model.parameters()).dtype == torch.float32
+        self.allowed = TOLERANCE if exact else max(TOLERANCE, 4 * noise)
+        if exact and not noise <= TOLERANCE:
+            what = f"padding on the right changes its log-probs by {noise:.2g}"
+            fail(f"{model.name_or_path}: {what}, so rows can't be computed together here")
+
+    @torch.no_grad()
+    def gap_of(self, model, log_probs) -> float:
+        """How far log_probs(rows) -> [(T - 1,) of each row, or of its last tokens] is from
+        plain."""
+        training = model.training
+        model.eval()
+        try:
+            gaps = []
+            for ours, plain in zip(log_probs(self.rows), self.plain):
+                gaps.append(gap(ours, plain[-len(ours) :]))
+            return max(gaps)
+        except ERRORS:  # a model that the path was not made for
+            return math.inf
+        finally:
+            model.train(training)
+
+
+def say_slower(model, what: str, distance: float):
+    name = model.name_or_path or type(model).__name__
+    far = f"log-probs off by {distance:.2g}" if math.isfinite(distance) else "it does not run"
+    print(f"{name}: {what} is not right for this model ({far}); a slower way is used")
+
+
+def holds(model, log_probs, what: str) -> bool:
+    """Whether log_probs(rows) agrees with the model's plain forward pass; where not, a line says
+    so."""
+    proof = Proof(model)
+    distance = proof.gap_of(model, log_probs)
+    if distance > proof.allowed:
+        say_slower(model, what, distance)
+    return distance <= proof.allowed
