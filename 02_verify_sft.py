@@ -170,24 +170,23 @@ def parse_critique(reply: str) -> tuple[str, str]:
 def target_of(sample: dict, label: str, options: Options) -> dict:
     """From a reply of the expert, what the model is trained to write, and the reason to drop it."""
     critique, verdict = parse_critique(sample["answer"])
-    target = {"verdict": verdict, "trained_thinking": critique, "reason": ""}
-    target["trained_answer"] = f"Verdict: {verdict}"
+    thinking = "" if options.target == "verdict" else critique
+    answer = "" if options.target == "critique" else f"Verdict: {verdict}"
     if options.target == "answer":
-        target = {"verdict": "", "trained_thinking": sample["thinking"]}
-        target |= {"trained_answer": sample["answer"], "reason": ""}
-        if not sample["answer"]:
-            target["reason"] = "no answer"
+        thinking, answer, verdict = sample["thinking"], sample["answer"], ""
+    reason = ""
+    if plumbing.is_cut(sample):
+        reason = "cut"
+    elif options.target == "answer":
+        reason = "" if answer else "no answer"
     elif not verdict:
-        target["reason"] = "no verdict"
+        reason = "no verdict"
     elif not critique:
-        target["reason"] = "no critique"
+        reason = "no critique"
     elif verdict != label and not options.keep_disagreements:
-        target["reason"] = "verdict is not the guard's label"
-    if options.target == "verdict":
-        target["trained_thinking"] = ""
-    if options.target == "critique":
-        target["trained_answer"] = ""
-    return target
+        reason = "verdict is not the guard's label"
+    target = {"verdict": verdict, "trained_thinking": thinking, "trained_answer": answer}
+    return {**target, "reason": reason}
 
 
 def train(options: Options, run: Path, examples: list[Example], tokenizer):

@@ -63,8 +63,7 @@ STEERING = {
 class Options(TrainingOptions, SamplingOptions):
     run: str = "runs/03_steer_selfgen"  # folder of this run; the same command again goes on
     model: str = "tiny/lrm"  # writes its own training data and is then trained on it
-    # writes the training data instead: another model (the paper's ablation; ordinary SFT on a
-    # teacher), or model@URL of a `vllm serve`, also of this model
+    # writes the data instead: another model (the paper's ablation), or model@URL of a `vllm serve`
     generator: str = ""
     guard: str = "tiny/guard"  # accepts or drops each response (paper: Llama-Guard-3-8B)
     prompts: list[str] = field(default_factory=list)  # harmful and benign (paper: SafeChain)
@@ -119,6 +118,8 @@ def reason_to_drop(harmful: bool, sample: dict, answer, thinking, states=("close
     >>> reason_to_drop(True, sample, safe, none), reason_to_drop(False, sample, safe, none)
     ('', 'benign prompt refused')
     """
+    if plumbing.is_cut(sample):
+        return "truncated"
     if sample["state"] not in states:
         return sample["state"].replace("_", " ")
     if "unparsed" in (answer["safety"], answer["refusal"], thinking["safety"]):
@@ -233,8 +234,8 @@ def perplexity_and_kl(trainer, items, options: Options) -> tuple[float, float]:
 
 def train(options: Options, run: Path, items: list[tuple[Example, str]], tokenizer):
     """Cross-entropy ("ce") on a response, or the full KL to the initial model ("kl"), as each of
-    the `items` says. Each of the two is divided by the step's own number of its tokens, however the
-    step is cut into micro-batches (trap 11)."""
+    the `items` says: means over the step's tokens of each kind, weighed by rows (official code),
+    however the step is cut into micro-batches (trap 11)."""
     trainer = make_trainer(Accelerator(), options, lora_dropout=options.lora_dropout)
     accelerator, model, scorer, _ = trainer
     perplexity, _ = perplexity_and_kl(trainer, items, options)
@@ -248,13 +249,12 @@ def train(options: Options, run: Path, items: list[tuple[Example, str]], tokeniz
                 ids, mask = pad_batch([rows[i] for i in indices], accelerator.device)
                 scores = scorer(ids, mask, full_kl=name == "kl")  # (label tokens,) each
                 per_token = scores.divergence if name == "kl" else -scores.log_probs
-                loss = per_token.sum() / labels * weight
+                loss = per_token.sum() / labels * len(rows) / len(batch) * weight
                 trainer.backward(loss)
                 totals[name] += loss.detach()
         metrics["gradient_norm"] = trainer.step()
-        totals = accelerator.reduce(totals, "sum")
-        metrics["loss"] = totals["ce"].item() + totals["kl"].item()
-        metrics["kl"] = totals["kl"].item()
+        totals = {name: t.item() for name, t in accelerator.reduce(totals, "sum").items()}
+        metrics |= {"loss": totals["ce"] + totals["kl"], "kl": totals["kl"]}
     model.eval()
     _, divergence = perplexity_and_kl(trainer, items, options)
     figures = {"data_perplexity": perplexity, "data_kl": divergence}

@@ -114,7 +114,7 @@ class Rollout:
 
     @property
     def truncated(self) -> bool:
-        return self.reply.finish == "length" or self.parsed[2] == "truncated"
+        return plumbing.is_cut({"finish": self.reply.finish, "state": self.parsed[2]})
 
 
 # FORK HERE: the rewards ---------------------------------------------------------------------------

@@ -58,6 +58,10 @@ class Sampler:
     context = math.inf  # tokens that the model reads; a server refuses more by itself
     pushed: tuple[Path, str] | None = None  # set where its weights are not the trainer's own
 
+    def fits(self, messages: list[dict], **template) -> bool:
+        """Whether a chat leaves the model room for a token."""
+        return len(render_chat(self.tokenizer, messages, **template)[0]) < self.context
+
     def replies(self, chats: list[tuple[str, list[dict]]], n: int, sampling: Sampling, **template):
         """Yields (index into chats, its n Replies) as they finish. `chats` are (key, messages),
         `template` the chat template's options."""

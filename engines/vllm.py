@@ -1,12 +1,21 @@
 """The same over vLLM: continuous batching, prefix caching, a seed per request."""
 
+import gc
 import os
+from functools import cache
 from pathlib import Path
 
 import torch
 
 import plumbing
 from engines.base import Sample, Sampler, Sampling, end_tokens_of, request_seed
+
+
+@cache
+def visible_gpus() -> list[str]:
+    """The GPUs that this process saw before its first engine, which then sees one of them."""
+    every_gpu = ",".join(map(str, range(torch.cuda.device_count())))
+    return (os.environ.get("CUDA_VISIBLE_DEVICES") or every_gpu).split(",")
 
 
 class WeightReceiver:
@@ -36,9 +45,7 @@ class VllmSampler(Sampler):
             # vLLM 0.32 on a CPU: a prompt prefilled in chunks breaks seeded requests
             extra |= {"dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False}
         elif here.num_processes > 1:  # one engine and one GPU for each process
-            every_gpu = ",".join(map(str, range(torch.cuda.device_count())))
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or every_gpu
-            os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[here.local_process_index]
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus()[here.local_process_index]
         self.llm = LLM(
             model=name, enable_prefix_caching=True, logprobs_mode="processed_logprobs", **extra
         )
@@ -75,6 +82,8 @@ class VllmSampler(Sampler):
         """A checkpoint's weights in place of its own; what it cached with the old ones is
         forgotten."""
         if self.asleep:
+            gc.collect()
+            torch.cuda.empty_cache()  # blocks that the trainer's allocator keeps are not free
             self.llm.wake_up()
             self.asleep = False
         self.llm.collective_rpc("receive_weights", args=(str(folder),))

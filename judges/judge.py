@@ -104,6 +104,11 @@ class Judge:
         chats = [(key, self.messages(*pair)) for key, pair in distinct.items()]
         asks = bool(self.style.PROMPT) and self.style.CHAT  # else the template asks by itself
         template = {"generate": asks, "enable_thinking": False}
+        if isinstance(self.sampler, Sampler):  # what it can't read whole is unparsed, not an end
+            readable = [chat for chat in chats if self.sampler.fits(chat[1], **template)]
+            too_long = {key for key, _ in chats} - {key for key, _ in readable}
+            by_key = {key: self.style.parse("") for key in too_long}
+            chats = readable
         greedy = Sampling(self.style.NEW_TOKENS, 0.0)
         for index, [reply] in self.sampler.replies(chats, 1, greedy, **template):
             _, answer, _ = split_response(reply.text, reply.opened)

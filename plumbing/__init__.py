@@ -20,13 +20,14 @@ from plumbing.proof import Proof, holds, say_slower
 from plumbing.recipe import evaluation_recipe, require_same_inputs
 from plumbing.rows import (
     append_jsonl,
+    cut_line,
     drop_steps,
+    is_cut,
     once_per_row,
     read_jsonl,
     reopen_jsonl,
-    write_atomic,
 )
-from plumbing.rows import write_jsonl
+from plumbing.rows import write_atomic, write_jsonl
 from plumbing.runs import KIND, counted, options_of, read_stage_01
 from plumbing.runs import gather, load_state, open_run, save_state, show_plan
 from plumbing.runs import state_saved_if_it_ends, summary

@@ -97,6 +97,10 @@ def grpo_history(run: Path, options) -> dict[str, str]:
         best = max(reopen_jsonl(run / "eval.jsonl"), key=lambda row: row["score"])
         lines["best"] = f"{run}/best, step {best['step']}, score {best['score']:.3f}"
     unparsed = sum(row["unparsed"] for row in history) / len(history)
+    truncated = sum(row["truncated"] for row in history) / len(history)
+    if truncated > 0.1:
+        what = f"WARNING: {truncated:.1%} of the responses; raise --max_new_tokens"
+        lines["cut"] = f"{what} (now {options.max_new_tokens})"
     lines["unparsed"] = f"{unparsed:.2%} of the responses had no reward"
     lines["checkpoint"] = f"{run}/checkpoint"
     return lines

@@ -74,6 +74,24 @@ def drop_steps(run: Path, start: int):
             write_jsonl(path, [row for row in reopen_jsonl(path) if row["step"] < start])
 
 
+def is_cut(sample: dict) -> bool:
+    """Whether a response has no end of its own: the engine stopped it at the limit, with or without
+    a closed thinking, or it ended inside its thinking (trap 18).
+
+    >>> is_cut({"finish": "length", "state": "no_thinking"}), is_cut({"state": "truncated"})
+    (True, True)
+    """
+    return sample.get("finish") == "length" or sample["state"] == "truncated"
+
+
+def cut_line(samples: list[dict], limit: int, option: str = "--max_new_tokens") -> str:
+    """A summary's line on cut responses, with a warning where they are more than a tenth."""
+    share = sum(is_cut(sample) for sample in samples) / max(1, len(samples))
+    if share <= 0.1:
+        return f"{share:.1%} of the responses"
+    return f"WARNING: {share:.1%} of the responses; raise {option} (now {limit})"
+
+
 def once_per_row(
     path: Path, rows: list[dict], work: Callable[[list[dict]], Iterator[list[dict]]]
 ) -> dict[str, dict]:

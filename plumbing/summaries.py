@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from plumbing.names import local_name
-from plumbing.rows import read_jsonl
+from plumbing.rows import cut_line, read_jsonl
 from plumbing.runs import KIND, counted, options_of, summary
 
 
@@ -38,6 +38,7 @@ def summarise_01(run: Path, options, rows: list[dict], verdicts: dict[str, list[
         "harmful": in_order(kinds[True]),
         "benign": in_order(kinds[False]),
         "thinking": ", ".join(shares),
+        "cut": cut_line(samples, options.max_new_tokens),
         "labels": f"{counted(v['safety'] for v in labels)} (guard {options.guard})",
         "refusals": counted(v["refusal"] for v in labels),
         "tokens": f"{tokens:.0f} a response on average",
@@ -72,10 +73,13 @@ def summarise_03(run: Path, options, rows, kept, dropped, lost):
     worst = sorted(missed, key=lambda name: missed[name] / asked[name], reverse=True)[:4]
     reasons = in_order(last_reason[row["id"]] for row in lost)
     divergence = f"{figures['data_kl']:.3f} per token of the data"
+    responses = read_jsonl(run / "responses.jsonl")
+    samples = [sample for row in responses for sample in row["samples"]]
     lines = {
         "prompts": in_order(row["kind"] for row in rows),
         "kept": in_order(f"{row['kind']} at try {row['try']}" for row in kept),
         "dropped": in_order(row["reason"] for row in dropped),
+        "cut": cut_line(samples, options.max_new_tokens),
         "lost": f"{len(lost)} prompts after the last try: {reasons}",
         "lost most": ", ".join(f"{c} {missed[c]} of {asked[c]}" for c in worst) or "none",
         "trained": losses_of(run),
