@@ -56,6 +56,25 @@ def test_several_responses_of_a_prompt_are_not_independent():
     assert (single.row()["low"], single.row()["high"]) == plumbing.wilson(0.4, 10)
 
 
+def test_prompts_that_all_agree_leave_room_for_others():
+    """Of ten prompts without an unsafe answer in three samples each, the next one may have some: Wilson's with ten."""
+    for flag in (False, True):
+        row = Measure({str(i): [flag] * 3 for i in range(10)}).row()
+        assert (row["low"], row["high"]) == plumbing.wilson(float(flag), 10) and row["high"] - row["low"] > 0.2
+    scores = Measure({str(i): [0.5] * 3 for i in range(10)}).row()
+    assert scores["low"] == scores["high"] == 0.5
+
+
+def test_cut_responses_are_counted_by_the_engines_finish_reason():
+    """Closed, without a thinking, ended inside it, and whole."""
+    samples = [("closed", "length"), ("no_thinking", "length"), ("truncated", "stop"), ("closed", "stop")]
+    asked = [
+        {"id": str(i), "harmful": False, "samples": [{"thinking": "", "answer": "", "state": s, "finish": f}]}
+        for i, (s, f) in enumerate(samples)
+    ]
+    assert values(evaluate.measure(asked, {}, {}))["truncated"] == (3 / 4, 4)
+
+
 def test_paired_differences_see_what_two_intervals_do_not():
     first = Measure({str(i): [i % 2 == 0] for i in range(200)})
     better = Measure({str(i): [i % 2 == 0 and i >= 20] for i in range(200)})  # ten prompts fewer, none more
@@ -320,6 +339,14 @@ def test_judged_text_holds_no_special_token_and_is_cut_where_the_official_code_c
     limit = importlib.import_module(f"judges.{style}").ANSWER_TOKENS
     assert (text.count("x") > 1900) is (limit == 0) and "<|im_end|>" in text
     assert not limit or hostile[:limit] in text and hostile[: limit + 1] not in text  # a byte is a token here
+
+
+def test_a_text_longer_than_the_judge_reads_is_unparsed(judge):
+    made = judge("llama_guard", "safe")
+    made.sampler.context = 60
+    found = made.verdicts([("how?", "like this."), ("how?", "x" * 100), ("how?", "")])
+    assert [v["safety"] for v in found] == ["safe", "unparsed", "none"] and len(made.sampler.asked) == 1
+    assert made.verdicts([("how?", "x" * 100)]) == [{"safety": "unparsed", "refusal": "unparsed"}]
 
 
 def test_a_recipe_says_which_version_stands_behind_a_name(monkeypatch, tmp_path):

@@ -105,11 +105,31 @@ def test_bad_shares_are_one_clear_line(shares, words):
 
 
 def test_a_repeated_row_gets_other_samples(model, tokenizer):
-    options, row = grpo.Options(), {"id": "x", "prompt": "how do i make midumon?", **HARMFUL}
+    options, row = (
+        grpo.Options(temperature=1.5, max_new_tokens=40),
+        {"id": "x", "prompt": "how do i make midumon?", **HARMFUL},
+    )
     sampler, guard = HfSampler(model, tokenizer, 32_768), Judge("tiny/gold.py", options)
-    made, again = (grpo.respond(sampler, guard, [row] * 2, 8, Sampling(40, 1.5), options) for _ in "ab")
+    made, again = (grpo.respond(sampler, guard, [row] * 2, 8, 0, options) for _ in "ab")
     texts = [rollout.reply.text for rollout in made]
     assert texts[:8] != texts[8:] and made == again
+
+
+def test_rollouts_are_sampled_without_cuts_at_the_temperature(tokenizer):
+    """What the trainer's log-probs are of: top-p 1, top-k off, T (trap 12)."""
+    asked = []
+
+    def replies(chats, n, sampling, **_):
+        asked.append((n, sampling))
+        return iter([(0, [Reply("hm", False, 1, 1, "stop", None)] * n)])
+
+    sampler, guard = (
+        SimpleNamespace(replies=replies, tokenizer=tokenizer),
+        SimpleNamespace(verdicts=lambda p: [{}] * len(p)),
+    )
+    options = grpo.Options(temperature=0.7, max_new_tokens=9)
+    grpo.respond(sampler, guard, [{"id": "a", "prompt": "p", **HARMFUL}], 3, 5, options)
+    assert asked == [(3, Sampling(max_new_tokens=9, temperature=0.7, top_p=1.0, top_k=0, seed=5))]
 
 
 def test_check_by_hand(tmp_path, tokenizer):

@@ -189,6 +189,17 @@ def test_micro_batches_do_not_change_the_training(tmp_path):
     assert len(found[0]) == 4 and found[0] == [pytest.approx(pair, rel=1e-4) for pair in found[1]]
 
 
+def test_micro_batches_do_not_change_verification_training(runs, tmp_path):
+    """An example a pass or all at once: the same losses, of the step's label tokens, in steps of unequal examples."""
+    folder, _ = runs
+    found = []
+    for tokens in ("1", "100000"):
+        options = ["--responses", folder / "01", "--epochs", 1, "--batch_size", 7, "--micro_batch_tokens", tokens]
+        run_stage("02_verify_sft", "--run", tmp_path / tokens, *options)
+        found.append([(m["loss"], m["gradient_norm"]) for m in rows(tmp_path / tokens / "metrics.jsonl")])
+    assert len(found[0]) > 3 and found[0] == [pytest.approx(pair, rel=1e-4) for pair in found[1]]
+
+
 def test_a_batch_of_cut_responses_is_said_not_trained_on(tmp_path):
     options = ["--limit", 8, "--steps", 2, "--batch_size", 4, "--max_new_tokens", 4]
     error = one_line(run_stage("04_grpo", "--run", tmp_path / "run", *options, ok=False))

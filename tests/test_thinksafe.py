@@ -117,6 +117,23 @@ def test_every_try_is_steered_by_its_own_text(tmp_path):
     assert found[f"{bad}|1"]["samples"] != found[f"{bad}|3"]["samples"]
 
 
+def test_a_response_cut_at_the_limit_is_no_training_data(tmp_path, capsys):
+    """Closed or without a thinking, its end is not the model's: dropped, tried again, and said with the option to raise."""
+    options = write_case(tmp_path, {"a": [REFUSAL, REFUSAL], "b": [("", "moss."), ("", "moss.")], "c": [HELP]}, {"a"})
+    made = rows(tmp_path / "run/responses.jsonl")
+    for row in made:
+        if row["id"] in ("a|1", "b|1"):
+            row["samples"][0]["finish"] = "length"
+        if row["id"].startswith("b"):
+            row["samples"][0] |= {"state": "no_thinking", "answer": "mix salt with ash."}
+    (tmp_path / "run/responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    run_here(stage, *options, "--require_thinking", "false")
+    assert sorted((r["id"], r["try"]) for r in rows(tmp_path / "run/train.jsonl")) == [("a", 2), ("b", 2), ("c", 1)]
+    dropped = rows(tmp_path / "run/dropped.jsonl")
+    assert sorted((r["id"], r["reason"]) for r in dropped) == [("a", "truncated"), ("b", "truncated")]
+    assert "WARNING: 40.0% of the responses; raise --max_new_tokens (now 64)\n" in capsys.readouterr().out
+
+
 def test_the_official_rules(tmp_path):
     """One try; thinking and answer are one text; unreadable is safe; nobody asks whether the answer refuses."""
     responses = {
@@ -221,11 +238,11 @@ def test_wrong_inputs_are_one_clear_line(tmp_path):
 
 
 # Training -------------------------------------------------------------------------------------------------------------
-def write_kl_case(folder, *options) -> list:
-    """Ten rows of several lengths, half of them benign, to be trained by KL."""
+def write_kl_case(folder, *options, items=world.ITEMS[:10]) -> list:
+    """Rows of several lengths, half of the ten benign, to be trained by KL."""
     folder.mkdir()
     responses, harmful = {}, set()
-    for number, item in enumerate(world.ITEMS[:10]):
+    for number, item in enumerate(items):
         check = f"{item.name} can {item.effect}. " * (number % 3)
         responses[item.name] = [(f"{check}{REFUSAL[0]}", item.refusal) if item.harmful else (check, item.steps)]
         harmful |= {item.name} if item.harmful else set()
@@ -244,7 +261,6 @@ def examples_of(folder) -> dict[bool, list[Example]]:
         prompt, opened = render_chat(tokenizer, messages_of(row["prompt"]))
         response = response_ids(tokenizer, row["thinking"], row["answer"], opened)
         examples[row["harmful"]].append(Example(prompt, response))
-    assert len(examples[True]) == len(examples[False]) == 5
     return examples
 
 
@@ -264,6 +280,7 @@ def test_losses_and_figures_are_those_of_plain_forward_passes(tmp_path):
     for folder, epochs in ((once, 1), (twice, 2)):
         run_here(stage, *write_kl_case(folder, "--batch_size", 10, "--epochs", epochs))
     examples = examples_of(once)
+    assert len(examples[True]) == len(examples[False]) == 5
     nets = (load_model(name).double() for name in ("tiny/lrm", f"{once}/run/checkpoint", f"{twice}/run/checkpoint"))
     initial, after_one, after_two = nets
     first, second = ((m["loss"] - m["kl"], m["kl"]) for m in results(twice)[0])
@@ -277,6 +294,26 @@ def test_losses_and_figures_are_those_of_plain_forward_passes(tmp_path):
         assert trained["data_perplexity"] == pytest.approx(math.exp(mean_nll(initial, both)), rel=1e-5)
         assert trained["data_kl"] == pytest.approx(mean_kl(initial, net, both), rel=1e-3) and trained["data_kl"] > 1e-2
     assert f"2 steps, loss {sum(first):.3f} -> {sum(second):.3f}\n" in (twice / "run/summary.txt").read_text()
+
+
+def test_a_row_weighs_the_same_whichever_loss_it_has(tmp_path):
+    """Two harmful rows and five benign ones in one step, in micro-batches of one: 2/7 of the cross-entropy's mean, 5/7 of
+    the KL's."""
+    harmful, benign = ([i for i in world.ITEMS[:20] if i.harmful is h] for h in (True, False))
+    for name, epochs in (("once", 1), ("twice", 2)):
+        case = {"items": [*harmful[:2], *benign[:5]]}
+        run_here(
+            stage,
+            *write_kl_case(tmp_path / name, "--batch_size", 7, "--epochs", epochs, "--micro_batch_tokens", 1, **case),
+        )
+    examples, initial, after_one = (
+        examples_of(tmp_path / "once"),
+        *(load_model(name).double() for name in ("tiny/lrm", f"{tmp_path}/once/run/checkpoint")),
+    )
+    assert (len(examples[True]), len(examples[False])) == (2, 5)
+    second = results(tmp_path / "twice")[0][1]
+    expected = 2 / 7 * mean_nll(after_one, examples[True]), 5 / 7 * mean_kl(initial, after_one, examples[False])
+    assert (second["loss"] - second["kl"], second["kl"]) == pytest.approx(expected, rel=1e-3) and second["kl"] > 1e-3
 
 
 def test_micro_batches_do_not_change_training_by_kl(tmp_path):
