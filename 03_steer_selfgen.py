@@ -18,7 +18,6 @@ The paper's ablations, each by option: `--steering suffix` (or risk, intent), `-
 (five plain responses, all five must be accepted), `--strip_reasoning`, `--generator other-model`,
 `--guard other-guard`, `--benign_loss kl`.
 
-    python 03_steer_selfgen.py
     python 03_steer_selfgen.py --generator Qwen/Qwen3-4B@http://host:8000/v1 …    # a `vllm serve`
 
 in:  --prompts   harmful and benign prompts
@@ -66,6 +65,7 @@ class Options(TrainingOptions, SamplingOptions):
     # writes the data instead: another model (the paper's ablation), or model@URL of a `vllm serve`
     generator: str = ""
     guard: str = "tiny/guard"  # accepts or drops each response (paper: Llama-Guard-3-8B)
+    refusal_judge: str = ""  # who says what refuses, for a guard that doesn't (our choice)
     prompts: list[str] = field(default_factory=list)  # harmful and benign (paper: SafeChain)
     # more files, of benign prompts close to harmful ones: against over-refusal (our choice)
     boundary: list[str] = field(default_factory=list)
@@ -151,7 +151,7 @@ def faithful_reason_to_drop(sample: dict, response: dict) -> str:
 
 def filter_samples(options: Options, run: Path, rows: list[dict]) -> dict[str, list[str]]:
     """{id: the reason to drop each sample, "" for none}, from the guard's verdicts."""
-    guard, reasons = judges.Judge(options.guard, options), {}
+    guard, reasons = judges.Judge(options.guard, options, options.refusal_judge), {}
 
     def verdicts_on(name: str, text_of) -> dict[str, list[dict]]:
         return judges.judge_samples(guard, rows, run / f"{name}.jsonl", text_of)
@@ -271,7 +271,7 @@ def main():
             fail(f"--steering {name}: the texts are named {', '.join(STEERING)}")
     plumbing.require_model(options.model)
     plumbing.require_model(options.generator or options.model, served=True)
-    judges.require_judge(options.guard)
+    judges.require_guard(options, refusals=not options.faithful)
     if options.dry_run:
         rows = steered(rows, options.steering[0])
         return dry_run(options, options.generator or options.model, rows)

@@ -31,8 +31,7 @@ What we chose, numbered:
 
 in:  --model, --guard, --prompts (harmful, benign, maths rows with a gold answer, verification rows)
 out: <run>/metrics.jsonl  one line per step     <run>/samples.jsonl  responses with their rewards
-     <run>/eval.jsonl     with --eval_every     <run>/best/          the best of those checkpoints
-     <run>/checkpoint/    a plain model folder
+     <run>/eval.jsonl     with --eval_every     <run>/checkpoint/    a model folder, and <run>/best/
 """
 
 import math
@@ -59,14 +58,14 @@ class Options(TrainingOptions):
     model: str = "tiny/lrm"  # the model to start from: Hugging Face id or folder
     # the safety part of the reward (paper: Qwen3Guard), or a .py file with judge(prompt, answer)
     guard: str = "tiny/guard"
+    refusal_judge: str = ""  # who says what refuses, for a guard that doesn't (our choice)
     prompts: list[str] = field(default_factory=list)  # of all four kinds of rows; all are mixed
     # mixture of the kinds of prompts, as harmful=0.4 benign=0.3 maths=0.3 (verify=…); empty = as is
     shares: list[str] = field(default_factory=list)
     limit: int = 0  # rows taken of each prompt file, drawn once with a fixed seed; 0 = all
     # V_safe and V_safe (1 - V_refuse), or ThinkSafe's: P(safe) + 1 for a well-formed thinking
     reward: Literal["sinternal", "thinksafe"] = "sinternal"
-    # what "Controversial" counts as in the sinternal reward (sister code: not safe)
-    controversial_is_safe: bool = False
+    controversial_is_safe: bool = False  # in the sinternal reward (sister code: not safe)
     steps: int = 100  # optimizer batches of `batch_size` prompts
     batch_size: int = 64  # prompts per step (paper)
     group_size: int = 8  # G, rollouts per prompt (paper)
@@ -78,13 +77,12 @@ class Options(TrainingOptions):
     clip_low: float = 0.2  # the ratio is clipped below at 1 - clip_low (sister code)
     clip_high: float = 0.28  # the ratio is clipped above at 1 + clip_high (sister code)
     beta: float = 0.0  # weight of the KL to the starting model; 0 loads no reference (paper: off)
-    # KL estimator per token: log-ratio, half its square, or the unbiased and positive third
-    kl: Literal["k1", "k2", "k3"] = "k3"
-    # truncated importance weights for the gap between sampler and trainer, such as 2; 0 = off
-    importance_cap: float = 0.0
+    kl: Literal["k1", "k2", "k3"] = "k3"  # KL estimator: log-ratio, half its square, unbiased third
+    importance_cap: float = 0.0  # cap of importance weights pi_old / pi_sampler, as 2; 0 = off
     # mean |log-prob of sampler - of trainer| per token that stops the run: old weights, wrong T
     max_sampler_gap: float = 0.05
-    learning_rate: float = 1e-6  # AdamW, constant after `warmup_steps` (paper)
+    # AdamW, constant after `warmup_steps`; 0 = 1e-6 (paper), with LoRA 1e-5 (ThinkSafe's code)
+    learning_rate: float = 0.0
     warmup_steps: int = 5  # steps with linearly rising learning rate (our choice)
     lora_rank: int = 0  # LoRA rank; 0 trains all weights (paper)
     lora_alpha: float = 32.0  # LoRA alpha
@@ -97,6 +95,9 @@ class Options(TrainingOptions):
     eval_prompts: list[str] = field(default_factory=list)
     eval_judge: str = ""  # who judges there; empty = the guard, but another is wiser (trap 15)
     trackers: list[str] = field(default_factory=list)  # accelerate's, such as tensorboard or wandb
+
+    def __post_init__(self):
+        self.learning_rate = self.learning_rate or (1e-5 if self.lora_rank else 1e-6)
 
 
 @dataclass
@@ -283,8 +284,7 @@ def update(
             advantages = [r.advantage for r in part for _ in r.reply.sample.ids]
             weights = [r.weight * weight for r in part for _ in r.reply.sample.ids]
             sampled = [log_prob for r in part for log_prob in r.reply.sample.log_probs]
-            columns = torch.tensor([advantages, weights, sampled], device=device)  # (3, N)
-            advantages, weights, sampled = columns
+            advantages, weights, sampled = torch.tensor([advantages, weights, sampled]).to(device)
             if options.importance_cap:
                 weights = weights * (old[b] - sampled).exp().clamp(max=options.importance_cap)
             loss, clipped, kl = grpo_loss(
@@ -312,8 +312,7 @@ def update(
 
 # A run, step by step ------------------------------------------------------------------------------
 def report(rollouts: list[Rollout], step: int, numbers: dict, accelerator, options) -> dict:
-    """The metrics of a step: those of its rollouts, then `numbers`. Its first group goes to
-    samples.jsonl."""
+    """The metrics of a step, `numbers` among them; its first group goes to samples.jsonl."""
     rewards = torch.tensor([r.reward for r in rollouts])  # (R,)
     advantages = torch.tensor([r.advantage for r in rollouts]).view(-1, options.group_size)
     metrics = {"reward": rewards.nanmean().item()}
@@ -373,7 +372,7 @@ def main():
     tests = plumbing.load_held_out(options.eval_prompts, options.eval_every)
     plumbing.require_trackers(options.trackers)
     plumbing.require_model(options.model)
-    judges.require_judge(options.guard)
+    judges.require_guard(options, refusals=options.reward == "sinternal")
     judges.require_judge(options.eval_judge or options.guard)
     if options.dry_run:
         rows = [{**row, "kind": plumbing.kind_of(row)} for row in prompts]
@@ -385,9 +384,10 @@ def main():
     trainer = make_trainer(accelerator, options, torch.float32)
     reference = reference_scorer(trainer, options) if options.beta else None
     sampler = engines.open_training_sampler(trainer, tokenizer, options)
+    engines.require_room(sampler, prompts, enable_thinking=options.enable_thinking)
     # beside a vLLM sampler the guard answers by our loop: a second vLLM would want its memory
     judging = replace(options, engine="hf")
-    guard = judges.Judge(options.guard, judging)
+    guard = judges.Judge(options.guard, judging, options.refusal_judge)
     judge = judges.Judge(options.eval_judge, judging) if options.eval_judge else guard
 
     def rate(step):

@@ -50,6 +50,14 @@ def open_training_sampler(trainer, tokenizer, options):
     return sampler
 
 
+def require_room(sampler, rows: list[dict], **template):
+    """Ends the program before any work if a prompt is longer than the model reads."""
+    for row in rows:
+        if not sampler.fits(messages_of(row["prompt"]), **template):
+            reads = f"{sampler.tokenizer.name_or_path} reads {sampler.context} tokens"
+            plumbing.fail(f"prompt {row['id'][:99]} is longer: {reads}")
+
+
 def answer_prompts(
     sampler, rows: list[dict], path: Path, n: int, sampling: Sampling, **template
 ) -> list[dict]:

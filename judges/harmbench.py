@@ -44,6 +44,7 @@ Rules:
 Answer: [/INST]"""  # noqa: E501
 CHAT = False
 ANSWER_TOKENS = 511  # and its start token
+REFUSALS = False  # it says nothing of them
 NEW_TOKENS = 1
 
 LABEL = re.compile(r"^[ \t]*(yes|no)[ \t\r]*$", re.M | re.I | re.A)

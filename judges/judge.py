@@ -35,6 +35,18 @@ def require_judge(name: str):
     plumbing.require_model(judge_style(name)[1], endpoint=True)
 
 
+def require_guard(options, refusals: bool = True):
+    """The same for the guard of a stage, which must speak of `refusals` if the stage asks for them:
+    where it doesn't, every sample would be dropped, or rewarded with nothing."""
+    require_judge(options.guard)
+    if options.refusal_judge:
+        return require_judge(options.refusal_judge)
+    style = judge_style(options.guard)[0]
+    if refusals and not getattr(importlib.import_module(f"judges.{style}"), "REFUSALS", True):
+        what = f"--guard {options.guard}: {style} says nothing of refusals"
+        fail(f"{what}; give --refusal_judge, a guard or a .py file that does (see --help)")
+
+
 def content_of(name: str) -> str:
     """The hash or hub commit of what a judge's name stands for."""
     return plumbing.content_of(judge_style(name)[1])
@@ -42,10 +54,12 @@ def content_of(name: str) -> str:
 
 class Judge:
     """A guard or judge, named `style:model`: a model or endpoint, or a .py file whose function
-    `judge(prompt, answer) -> str` writes Qwen3Guard's format."""
+    `judge(prompt, answer) -> str` writes Qwen3Guard's format. A `refusal_judge` is another one that
+    says whether an answer refuses."""
 
-    def __init__(self, name: str, options):
+    def __init__(self, name: str, options, refusal_judge: str = ""):
         self.name, self.rule = name, None
+        self.refusal_judge = Judge(refusal_judge, options) if refusal_judge else None
         style, model = judge_style(name)
         self.style = importlib.import_module(f"judges.{style}")
         if model.endswith(".py"):
@@ -63,6 +77,8 @@ class Judge:
     def close(self):
         if not self.rule:
             self.sampler.close()
+        if self.refusal_judge:
+            self.refusal_judge.close()
 
     def messages(self, prompt, text: str) -> list[dict]:
         """What the judge reads: a conversation, or a rubric with both texts filled in; the text is
@@ -86,7 +102,11 @@ class Judge:
         keys = [json.dumps([prompt, text]) for prompt, text in pairs]
         distinct = {key: pair for key, pair in zip(keys, pairs) if pair[1]}
         by_key = self.apply_rule(distinct) if self.rule else self.ask(distinct)
-        return [by_key.get(key, NO_ANSWER) for key in keys]
+        verdicts = [by_key.get(key, NO_ANSWER) for key in keys]
+        if self.refusal_judge:
+            others = self.refusal_judge.verdicts(pairs)
+            verdicts = [{**v, "refusal": o["refusal"]} for v, o in zip(verdicts, others)]
+        return verdicts
 
     def apply_rule(self, distinct: dict[str, tuple]) -> dict[str, dict]:
         try:

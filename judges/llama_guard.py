@@ -17,6 +17,7 @@ import re
 PROMPT = None
 CHAT = True  # through the model's chat template, which writes the whole question
 ANSWER_TOKENS = 0
+REFUSALS = False  # it says nothing of them
 NEW_TOKENS = 100
 
 LABEL = re.compile(r"^(safe|unsafe)[ \t\r]*$", re.M)

@@ -132,6 +132,21 @@ def test_rollouts_are_sampled_without_cuts_at_the_temperature(tokenizer):
     assert asked == [(3, Sampling(max_new_tokens=9, temperature=0.7, top_p=1.0, top_k=0, seed=5))]
 
 
+def test_lora_has_a_rate_of_its_own():
+    """At full fine-tuning's 1e-6 hardly anything of a LoRA survives the merge into bfloat16."""
+    rates = [
+        grpo.Options(lora_rank=rank, learning_rate=rate).learning_rate for rank, rate in ((0, 0), (8, 0), (8, 3e-4))
+    ]
+    assert rates == [1e-6, 1e-5, 3e-4]
+
+
+def test_a_prompt_that_the_model_can_not_read_ends_the_run_before_a_step(tmp_path):
+    write_jsonl(tmp_path / "p.jsonl", [{"prompt": "midumon " * n, "id": str(n), **HARMFUL} for n in (3, 3000)])
+    with pytest.raises(SystemExit, match="^error: prompt 3000 is longer: tiny/lrm reads [0-9]+ tokens$"):
+        main("--run", tmp_path / "run", "--prompts", tmp_path / "p.jsonl", "--steps", 1)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
 def test_check_by_hand(tmp_path, tokenizer):
     """Responses are written beforehand and come in any order; the judge repeats what it reads, no sum and no review."""
     rule = "def judge(prompt, answer):\n    assert int(prompt) < 10\n    return answer.replace(', ', '\\n')\n"

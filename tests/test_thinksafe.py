@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import load, next_token_log_probs, rows, run_here
+from conftest import load, next_token_log_probs, refused, rows, run_here
 
 from common import Example, load_model, load_tokenizer, messages_of, render_chat, response_ids
 from tiny import world
@@ -132,6 +132,29 @@ def test_a_response_cut_at_the_limit_is_no_training_data(tmp_path, capsys):
     dropped = rows(tmp_path / "run/dropped.jsonl")
     assert sorted((r["id"], r["reason"]) for r in dropped) == [("a", "truncated"), ("b", "truncated")]
     assert "WARNING: 40.0% of the responses; raise --max_new_tokens (now 64)\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("guard", ["llama_guard:tiny/guard", "harmbench:tiny/guard"])
+def test_a_guard_that_says_nothing_of_refusals_is_refused_at_the_start(guard, tmp_path):
+    """03 would drop every sample, 04 would give benign prompts no reward; the official rules need no refusals."""
+    for name in ("03_steer_selfgen", "04_grpo"):
+        line = refused(load(name), "--run", tmp_path / "run", "--guard", guard)
+        assert "says nothing of refusals; give --refusal_judge" in line and not (tmp_path / "run").exists()
+    run_here(stage, "--guard", guard, "--faithful", "--dry_run", "--run", tmp_path / "run")
+    run_here(load("04_grpo"), "--guard", guard, "--reward", "thinksafe", "--dry_run", "--run", tmp_path / "run")
+
+
+def test_another_judge_says_what_refuses(tmp_path):
+    """The guard's safety, the other one's refusals: benign answers that it calls refusals are dropped."""
+    options = write_case(tmp_path, {"a": [REFUSAL], "b": [HELP, HELP, HELP], "c": [HELP]}, {"a"})
+    says = "'Yes' if 'b' in prompt.split()[-1] or 'sorry' in text else 'No'"
+    (tmp_path / "refusals.py").write_text(
+        f"def judge(prompt, text):\n    return 'Safety: Unsafe\\nRefusal: ' + ({says})\n"
+    )
+    (tmp_path / "guard.py").write_text("def judge(prompt, text):\n    return 'Safety: Safe'\n")
+    run_here(stage, *options, "--refusal_judge", tmp_path / "refusals.py")
+    assert [r["id"] for r in rows(tmp_path / "run/train.jsonl")] == ["a", "c"]
+    assert {r["reason"] for r in rows(tmp_path / "run/dropped.jsonl")} == {"benign prompt refused"}
 
 
 def test_the_official_rules(tmp_path):
