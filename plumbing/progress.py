@@ -1,6 +1,7 @@
 """What a GRPO run says of itself: trackers, the table on the screen, its files, its summary."""
 
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -35,15 +36,22 @@ def require_trackers(names: list[str]):
 
 
 def open_accelerator(options, run: Path):
-    """accelerate with bfloat16 on a GPU and the trackers of the options."""
+    """accelerate with bfloat16 on a GPU (elsewhere as `accelerate launch` says) and the trackers of
+    the options."""
     import torch
     from accelerate import Accelerator
 
     accelerator = Accelerator(
-        mixed_precision="bf16" if torch.cuda.is_available() else "no",
+        mixed_precision="bf16" if torch.cuda.is_available() else None,
         log_with=options.trackers or None,
         project_dir=run,
     )
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin and plugin.mixed_precision_policy:
+        # accelerate would also cast outputs and sums of gradients: log-probs in bfloat16 have a
+        # noise that is as large as what an update does to the ratio
+        exact = {"output_dtype": None, "reduce_dtype": torch.float32}  # None: as computed
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **exact)
     accelerator.init_trackers("04_grpo", {k: str(v) for k, v in vars(options).items()})
     return accelerator
 

@@ -12,13 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT, load, rows, run_here
 from safetensors.torch import load_file
 from torture import compare
 
 import plumbing
-from common import save_checkpoint
+from common import Example, TokenScorer, pad_batch, save_checkpoint
 from plumbing import once_per_row, write_jsonl
 from tiny import world
 
@@ -34,7 +35,8 @@ def launch_two(stage: str, *args, sharded: bool = False) -> subprocess.Popen:
         free.bind(("", 0))
         port = free.getsockname()[1]
     launch = ["torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, "--"]
-    command = [sys.executable, "-m", *map(str, launch), *(["tests/sharded.py"] if sharded else []), f"{stage}.py"]
+    what = stage if stage == "scores" else f"{stage}.py"
+    command = [sys.executable, "-m", *map(str, launch), *(["tests/sharded.py"] if sharded else []), what]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if sharded:
         settings = yaml.safe_load((ROOT / "fsdp.yaml").read_text())["fsdp_config"]
@@ -198,6 +200,20 @@ def test_grpo_with_sharded_weights(tmp_path, extra, resumed):
         else:
             run_here(grpo, "--run", on, *options)
         same_training(tmp_path / "one", on)
+
+
+def test_sharded_scores_and_gradients_in_bfloat16_are_not_rounded_to_it(monkeypatch, model):
+    """Computed in bfloat16, but log-probs and sums of gradients come out in float32; accelerate would round both."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    process = launch_two("scores", sharded=True)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    found = {name: torch.tensor(values) for name, values in json.loads(output.splitlines()[-1]).items()}
+    for name, values in found.items():
+        assert (values != values.bfloat16().float()).float().mean() > 0.5, name
+    examples = [Example([5, 6, 7], [8, 9, 10, 11]), Example([5], [10, 11, 12, 2])]
+    exact = TokenScorer(model)(*pad_batch(examples)).log_probs
+    assert 1e-4 < (found["log_probs"] - exact).abs().max() < 0.3  # it was bfloat16 inside
 
 
 def test_two_processes_steer_and_train_as_one(answered, tmp_path):
