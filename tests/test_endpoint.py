@@ -22,6 +22,7 @@ pytest.importorskip("openai")
 
 from engines import Sampling, answer_prompts  # noqa: E402
 from engines.server import Endpoint  # noqa: E402
+import plumbing  # noqa: E402
 from plumbing import append_jsonl, reopen_jsonl, require_model  # noqa: E402
 
 KEY = "sk-stands-nowhere-on-disk"
@@ -284,7 +285,7 @@ def test_a_killed_vllm_server_costs_no_row_and_its_critiques_are_those_of_our_lo
     source, run, path = tmp_path / "01", tmp_path / "02", tmp_path / "02/critiques.jsonl"
     run_stage("01_generate", "--run", source, "--limit", 160, "--n", 4)
     stage = load("02_verify_sft")
-    total = len(stage.select(*stage.load_stage_01(source)))
+    total = len(stage.select(*plumbing.read_stage_01(source)))
     server = free_port(), tmp_path / "log", "tiny/expert"
     with door(server[0]) as way:
         expert = f"tiny/expert@{way.url}"
