@@ -1,90 +1,92 @@
-"""Prompt files: ours and the public spellings, read as rows or refused by file, line and field."""
+"""Prompt files: ours and the public spellings, read as rows or refused by file, row and field."""
 
+import ast
 import json
 import random
 import re
 from collections import Counter
 from pathlib import Path
 
+from plumbing.files import WORDS, read_source, split_source, stem_of
 from plumbing.process import fail
-from plumbing.rows import read_jsonl
 
 PROMPT_FIELDS = [
     *("prompt", "question", "problem", "forbidden_prompt", "adversarial", "vanilla"),
-    *("Goal", "goal"),
+    *("Goal", "goal", "instruction", "Problem", "Behavior"),
 ]
 SAFE_WORDS = {"safe": False, "benign": False, "harmless": False, "unsafe": True, "harmful": True}
-TABLES = (".csv", ".parquet")
-
-
-def read_source(source: str, **load) -> list[dict]:
-    """Rows as they stand in a local JSONL/CSV/Parquet file or a hub dataset
-    ("owner/name[:config[:split]]"), `load` being further arguments of load_dataset."""
-    suffix = Path(source).suffix
-    if suffix == ".jsonl":
-        rows = read_jsonl(source)
-    else:
-        if suffix in TABLES and not Path(source).exists():
-            fail(f"no prompt file at {source}")
-        rows = load_rows(source, suffix, load)
-    if not rows:
-        fail(f"{source} holds no rows")
-    return rows
-
-
-def load_rows(source: str, suffix: str, load: dict) -> list[dict]:
-    from datasets import load_dataset
-
-    try:
-        if suffix in TABLES:
-            return list(load_dataset(suffix[1:], data_files=source, split="train"))
-        name, config, split = [*source.split(":"), "", ""][:3]
-        return list(load_dataset(name, config or None, split=split or "train", **load))
-    except Exception as error:  # the hub, its network and the parsers raise many kinds
-        cause = error.__cause__ or error
-        what = f"{type(cause).__name__} {' '.join(str(cause).split())[:200]}"
-        fail(f"cannot load prompts from {source}: {what}")
-
-
-def require_distinct_ids(rows: list[dict], where: str):
-    for row_id, count in Counter(row["id"] for row in rows).items():
-        if count > 1:
-            fail(f"id '{row_id}' occurs twice in {where}")
-
-
-def prompt_rows(raw_rows: list[dict], source: str, limit: int = 0) -> list[dict]:
-    """Rows {"id", "prompt": str or chat messages, "harmful": bool, "source", "gold" for maths rows}
-    of raw ones, in our spelling or the public ones. `limit` > 0 takes that many, always the same
-    ones."""
-    label_is_verdict = any(word_of(row) in SAFE_WORDS for row in raw_rows if "label" in row)
-    rows = []
-    for number, raw in enumerate(raw_rows, 1):
-        where = f"{source}, row {number}"
-        rows.append(prompt_row(raw, where, Path(source).stem, number, label_is_verdict))
-    if 0 < limit < len(rows):
-        rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), limit))]
-    require_distinct_ids(rows, source)
-    return rows
+HARMFUL_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+NEGATIONS = {"not", "non", "no", "never"}  # not_harmful is neither of the two
+GIVE = "end the name of a local file in :harmful or :benign"
 
 
 def load_prompts(sources: list[str], limit: int = 0) -> list[dict]:
     """The prompt rows of all sources; `limit` > 0 takes that many of each."""
     if not sources:
         fail("no prompts: give --prompts one or more files or hub datasets")
+    return join(rows_of_each(sources, limit), sources)
+
+
+def rows_of_each(sources: list[str], limit: int) -> list[list[dict]]:
     rows = []
     for source in sources:
-        rows += prompt_rows(read_source(source), source, limit)
-    require_distinct_ids(rows, ", ".join(sources))
+        name, told = split_source(source)
+        rows.append(prompt_rows(read_source(name), name, limit, told))
+    return rows
+
+
+def join(parts: list[list[dict]], sources: list[str]) -> list[dict]:
+    """The rows of all sources in one list. Ids that two sources share get the names of their files
+    in front, in the whole of both; all others stay as they are."""
+    counts = Counter(row["id"] for rows in parts for row in rows)
+    for rows, source in zip(parts, sources):
+        if any(counts[row["id"]] > 1 for row in rows):
+            for row in rows:
+                row["id"] = f"{stem_of(source)}-{row['id']}"
+    joined = [row for rows in parts for row in rows]
+    require_distinct_ids(joined, ", ".join(sources))
+    return joined
+
+
+def require_distinct_ids(rows: list[dict], where: str):
+    for row_id, count in Counter(row["id"] for row in rows).items():
+        if count > 1:
+            fail(f"id {shown(row_id)} occurs twice in {where}")
+
+
+def prompt_rows(
+    raw_rows: list[dict],
+    source: str,
+    limit: int = 0,
+    told: bool | None = None,
+    numbers: list[int] | None = None,
+) -> list[dict]:
+    """Rows {"id", "prompt": str or chat messages, "harmful": bool, "source", "gold" for maths rows}
+    of raw ones, in our spelling or the public ones. `limit` > 0 takes that many, always the same
+    ones. `told` is what the user says of all of them: harmful, benign, None for nothing. `numbers`
+    are those of the rows in their file, for messages, where some were left out."""
+    meaning = meaning_of_labels(raw_rows)
+    rows = []
+    for number, raw in enumerate(raw_rows, 1):
+        where = f"{source}, row {numbers[number - 1] if numbers else number}"
+        rows.append(prompt_row(raw, where, stem_of(source), number, meaning, told))
+    if 0 < limit < len(rows):
+        rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), limit))]
+    require_distinct_ids(rows, source)
     return rows
 
 
 def load_with_boundary(prompts: list[str], boundary: list[str], limit: int) -> list[dict]:
     """Rows of prompt files and of --boundary files, each with its "kind"."""
-    rows = load_prompts(prompts + boundary, limit)
-    close = {row["id"] for row in load_prompts(boundary)} if boundary else set()
+    sources = prompts + boundary
+    if not sources:
+        fail("no prompts: give --prompts one or more files or hub datasets")
+    parts = rows_of_each(sources, limit)
+    rows = join(parts, sources)
     for row in rows:
         row["kind"] = "harmful" if row["harmful"] else "benign"
-        if row["id"] in close:
+    for part in parts[len(prompts) :]:
+        for row in part:
             if row["harmful"]:
                 fail(f"--boundary takes benign prompts; {row['id']} is harmful")
             row["kind"] = "boundary"
@@ -93,7 +95,7 @@ def load_with_boundary(prompts: list[str], boundary: list[str], limit: int) -> l
 
 def load_held_out(files: list[str], every: int) -> dict[str, list[dict]]:
     """{name: rows} of the held-out files of --eval_prompts, checked --eval_every so many steps."""
-    tests = {Path(file).stem: load_prompts([file]) for file in files}
+    tests = {stem_of(file): load_prompts([file]) for file in files}
     if bool(every) != bool(tests):
         fail("--eval_every and --eval_prompts go together: give both or neither")
     if len(tests) < len(files):
@@ -101,34 +103,31 @@ def load_held_out(files: list[str], every: int) -> dict[str, list[dict]]:
     return tests
 
 
-def word_of(raw: dict) -> str:
-    return str(raw.get("label")).strip().lower()
-
-
-def prompt_row(raw: dict, where: str, stem: str, number: int, label_is_verdict: bool) -> dict:
-    """One row in our spelling; `label_is_verdict` says whether this file's labels are safe or
-    unsafe, where in a maths file they are right answers."""
-    name = next((field for field in PROMPT_FIELDS if str(raw.get(field) or "").strip()), None)
+# Spellings ----------------------------------------------------------------------------------------
+def prompt_row(
+    raw: dict, where: str, stem: str, number: int, meaning: str, told: bool | None
+) -> dict:
+    """One row in our spelling; `meaning` is that of the labels in its file, `told` what the user
+    says of the whole file."""
+    name = prompt_field(raw)
     if name is None:
         fail(f"{where}: no prompt; expected one of the fields {', '.join(PROMPT_FIELDS)}")
-    prompt = read_prompt(raw[name], f"{where}, field {name}")
+    prompt = read_prompt(raw, name, where)
 
-    harmful, gold_fields = raw.get("harmful"), ["gold"]
-    if harmful is None and label_is_verdict:
-        harmful = SAFE_WORDS.get(word_of(raw))
-        if harmful is None:
-            what = f"'{str(raw.get('label'))[:99]}' is none of {', '.join(SAFE_WORDS)}"
-            fail(f"{where}, field label: {what}")
-    elif harmful is None and name in ("question", "problem", "prompt"):
-        gold_fields += ["answer", "label"]
-    data_type = raw.get("data_type")  # WildJailbreak: vanilla_harmful, adversarial_benign
-    if harmful is None and isinstance(data_type, str):
-        harmful = SAFE_WORDS.get(data_type.rpartition("_")[2])
-    gold = read_gold(raw, where, gold_fields, harmful)
-    if gold is not None and harmful is None:
+    field, harmful = own_word(raw, where)
+    if told is not None:
+        if harmful not in (None, told):
+            word = "harmful" if told else "benign"
+            what = f"{shown(raw[field])} in a file that was given as :{word}"
+            fail(f"{where}, field {field}: {what}")
+        harmful = told
+    gold_field = gold_field_of(raw, where, name, harmful, meaning)
+    gold = None
+    if gold_field:
+        gold = read_gold(raw[gold_field], f"{where}, field {gold_field}", harmful)
         harmful = False
-    if not isinstance(harmful, bool):
-        what = 'add the field "harmful": true or false'
+    if harmful is None:
+        what = f'add the field "harmful": true or false, or {GIVE}'
         fail(f"{where}: nothing says whether the prompt is harmful; {what}")
 
     row_id = f"{stem}-{number}" if raw.get("id") is None else raw["id"]
@@ -136,7 +135,7 @@ def prompt_row(raw: dict, where: str, stem: str, number: int, label_is_verdict: 
         kind = type(row_id).__name__
         fail(f"{where}, field id: {kind} where a text or a whole number belongs")
     if raw.get("verdict") not in (None, "safe", "unsafe"):
-        fail(f"{where}, field verdict: '{str(raw['verdict'])[:99]}' is neither safe nor unsafe")
+        fail(f"{where}, field verdict: {shown(raw['verdict'])} is neither safe nor unsafe")
     source = str(raw.get("source") or stem)
     row = {"id": str(row_id), "prompt": prompt, "harmful": harmful, "source": source}
     for field in ("split", "category", "verdict"):
@@ -144,14 +143,40 @@ def prompt_row(raw: dict, where: str, stem: str, number: int, label_is_verdict: 
             row[field] = str(raw[field])
     if gold is not None:
         row["gold"] = gold
-    require_text(row, where, name)
+    require_text(row, where, {"prompt": name, "gold": gold_field})
     return row
 
 
-def read_prompt(prompt, where: str):
-    """A text, or chat messages without what no template reads; a chat of one turn is its text."""
+def is_blank(value) -> bool:
+    return value is None or value == ""
+
+
+def shown(value) -> str:
+    """A value of a file in a message: short, and with nothing that a terminal obeys."""
+    return repr(str(value)[:99])
+
+
+def prompt_field(raw: dict) -> str | None:
+    """The field that holds the prompt of a row, None if all of them are empty."""
+    for field in PROMPT_FIELDS:
+        if str(raw.get(field) or "").strip():
+            return field
+    return None
+
+
+def read_prompt(raw: dict, field: str, where: str):
+    """A text, or chat messages without what no template reads; a chat of one turn is its text.
+    HarmBench's contextual behaviours have their context in front, as in its own code."""
+    prompt = raw[field]
+    where = f"{where}, field {field}"
     if isinstance(prompt, str):
-        return prompt
+        context = raw.get("ContextString") if field == "Behavior" else None
+        if isinstance(context, str) and context.strip():
+            return f"{context}\n\n---\n\n{prompt}"
+        messages = messages_in(prompt)
+        if messages is None:
+            return prompt
+        prompt = messages
     if not isinstance(prompt, list):
         fail(f"{where}: {type(prompt).__name__} where text or chat messages belong")
     roles = []
@@ -166,25 +191,133 @@ def read_prompt(prompt, where: str):
     return [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
 
 
-def read_gold(raw: dict, where: str, fields: list[str], harmful) -> str | None:
-    """The right answer of a maths prompt, from the first of the fields that has one."""
-    field = next((f for f in fields if raw.get(f) not in (None, "")), None)
-    if field is None:
+def messages_in(text: str) -> list[dict] | None:
+    """Chat messages that a table stores as text, in JSON's spelling or Python's; None for any other
+    text.
+
+    >>> messages_in("[{'role': 'user', 'content': 'how?'}]"), messages_in("[1]")
+    ([{'role': 'user', 'content': 'how?'}], None)
+    """
+    if not re.match(r"\s*\[\s*\{", text):
         return None
-    value = raw[field]
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            turns = parse(text.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+        if all(isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in turns):
+            return turns
+    return None
+
+
+def word_of(value) -> str:
+    return str(value).strip().lower()
+
+
+def verdict_of(value) -> bool | None:
+    """Whether a label or data type says harmful, None if it says neither.
+
+    >>> verdict_of("Unsafe"), verdict_of("vanilla_benign"), verdict_of("not_harmful")
+    (True, False, None)
+    """
+    word = word_of(value)
+    if word in SAFE_WORDS:
+        return SAFE_WORDS[word]
+    *before, last = word.split("_")
+    if before and last in WORDS and not NEGATIONS & set(before):
+        return WORDS[last]
+    return None
+
+
+def own_word(raw: dict, where: str) -> tuple[str, bool | None]:
+    """(field, whether it says that the prompt is harmful) of a row, ("", None) if none does. The
+    field "harmful" goes before the others, which must agree."""
+    value = raw.get("harmful")
+    if value is not None:
+        verdict = HARMFUL_WORDS.get(word_of(value).removesuffix(".0"))  # 1.0: a column with gaps
+        if verdict is None:
+            fail(f"{where}, field harmful: {shown(value)} is neither true nor false")
+        return "harmful", verdict
+    verdicts = {}
+    for field in ("label", "data_type"):
+        verdict = verdict_of(raw.get(field))
+        if verdict is not None:
+            verdicts[field] = verdict
+    if len(set(verdicts.values())) > 1:
+        what = f"{shown(raw['label'])}, where data_type says {shown(raw['data_type'])}"
+        fail(f"{where}, field label: {what}")
+    if verdicts:
+        return next(iter(verdicts.items()))
+    return "", None
+
+
+def meaning_of_labels(raw_rows: list[dict]) -> str:
+    """What the labels of a file are: "verdicts", "classes" or, in a maths file, "answers". Labels
+    that are single digits all the way may be classes, and are never taken for answers."""
+    labels = [raw["label"] for raw in raw_rows if not is_blank(raw.get("label"))]
+    if any(verdict_of(label) is not None for label in labels):
+        return "verdicts"
+    if all(re.fullmatch(r"\d", word_of(label)) for label in labels):
+        return "classes"
+    return "answers"
+
+
+def looks_like_answer(label) -> bool:
+    r"""Whether a label is a number or a formula: LaTeX, or digits, signs and letters that stand
+    alone. A word, and a letter with a number, may be a class.
+
+    >>> [looks_like_answer(label) for label in ("34", "\\text{Evelyn}", "p - q", "refusal", "S2")]
+    [True, True, True, False, False]
+    """
+    if not isinstance(label, str):
+        return False
+    answer = label.rpartition("####")[2].strip()
+    if "\\" in answer:
+        return True
+    if re.search(r"[^\W\d_]{2}", answer) or re.fullmatch(r"[^\W\d_][\s_-]*\d+", answer):
+        return False
+    return bool(re.search(r"\d|\w\s*[-+*^=]\s*\w", answer))
+
+
+def gold_field_of(raw: dict, where: str, name: str, harmful, meaning: str) -> str:
+    """The field of a row's right answer, "" if it is no maths row. An answer is gold where its
+    field says so, beside a question or problem; a label beside a prompt is, where it looks like
+    one. What else stands there is an error: it would make a harmful prompt a benign one."""
+    if not is_blank(raw.get("gold")):
+        return "gold"
+    if harmful is not None:
+        return ""
+    label = raw.get("label")
+    if not is_blank(label) or meaning == "verdicts":
+        if name == "prompt" and meaning == "answers" and looks_like_answer(label):
+            return "label"
+        what = f"{shown(label)} is none of {', '.join(SAFE_WORDS)}"
+        fail(f'{where}, field label: {what}; a right answer is called "gold"')
+    for field in ("answer", "Answer"):
+        if is_blank(raw.get(field)):
+            continue
+        if name.lower() in ("question", "problem"):
+            return field
+        if name == "prompt":
+            what = 'a right answer is called "gold"; beside any other say harmful or benign'
+            fail(f"{where}, field {field}: {what}")
+    return ""
+
+
+def read_gold(value, where: str, harmful) -> str:
+    """The right answer of a maths prompt."""
     gold = str(value).rpartition("####")[2].strip()  # GSM8K's final answer comes after a solution
     types = (str, int, float)
-    if field == "label":  # one that is a number may say what is harmful
-        types = (str,)
     if harmful or type(value) not in types or gold in ("", "nan", "inf", "-inf"):
-        fail(f"{where}, field {field}: '{str(value)[:99]}' is no right answer of a benign prompt")
+        fail(f"{where}: {shown(value)} is no right answer of a benign prompt")
     return gold
 
 
-def require_text(row: dict, where: str, prompt_field: str):
+def require_text(row: dict, where: str, spelled: dict[str, str]):
+    """Ends the program where a text is none; `spelled` has the fields' names in the file."""
     for field, value in row.items():
         if re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
-            field = prompt_field if field == "prompt" else field
+            field = spelled.get(field) or field
             fail(f"{where}, field {field}: half of a surrogate pair, which is no text")
 
 

@@ -180,8 +180,11 @@ def good_row(rng: random.Random, verdicts: bool) -> tuple[dict, dict]:
     text = hostile(rng, 3).strip() or "x"
     if verdicts:
         harmful = rng.random() < 0.5
-        return {"prompt": text, "label": rng.choice([" Unsafe", "HARMFUL"] if harmful else ["safe", "Benign "])}, {
-            "prompt": text, "harmful": harmful}  # fmt: skip
+        words = ["safe", "Benign ", "vanilla_benign"]
+        if harmful:
+            words = [" Unsafe", "HARMFUL", "Adversarial_harmful"]
+        name = rng.choice(["prompt", "instruction", "forbidden_prompt"])
+        return {name: text, "label": rng.choice(words), "response": "7"}, {"prompt": text, "harmful": harmful}
     chat = [{"role": "system", "content": hostile(rng, 2)}, {"role": "user", "content": text}]
     kind = rng.choice(["harmful", "benign"])
     return rng.choice([
@@ -195,6 +198,13 @@ def good_row(rng: random.Random, verdicts: bool) -> tuple[dict, dict]:
         ({"problem": text, "answer": 0}, {"prompt": text, "harmful": False, "gold": "0"}),
         ({"question": text, "answer": "so\n#### 7"}, {"prompt": text, "harmful": False, "gold": "7"}),
         ({"prompt": text, "label": "34"}, {"prompt": text, "harmful": False, "gold": "34"}),
+        ({"prompt": text, "label": "\\frac{x}{2}"}, {"prompt": text, "harmful": False, "gold": "\\frac{x}{2}"}),
+        ({"Problem": text, "Answer": "025"}, {"prompt": text, "harmful": False, "gold": "025"}),
+        ({"prompt": text, "harmful": rng.choice([1, 1.0, "1", "true", "YES", " True"])}, {"prompt": text, "harmful": True}),
+        ({"prompt": text, "harmful": rng.choice([0, 0.0, "0", "False", "no "])}, {"prompt": text, "harmful": False}),
+        ({"prompt": rng.choice([json.dumps, str])(chat), "harmful": True}, {"prompt": chat, "harmful": True}),
+        ({"prompt": rng.choice([json.dumps, str])(chat[1:]), "harmful": True}, {"prompt": text, "harmful": True}),
+        ({"Behavior": text, "ContextString": "c", "harmful": True}, {"prompt": f"c\n\n---\n\n{text}", "harmful": True}),
         ({"prompt": text, "harmful": False, "verdict": "unsafe"}, {"prompt": text, "harmful": False, "verdict": "unsafe"}),
     ])  # fmt: skip
 
@@ -205,18 +215,28 @@ SPOILT = [  # what replaces fields of {"prompt": "a", "harmful": true}, and the 
     *[({"prompt": value}, "field prompt") for value in (7, 1.5, True, {"a": 1}, ["a"], [[]], [None], [USER, {}])],
     *[({"prompt": [USER, {"role": role, "content": "b"}]}, "field prompt") for role in (None, 5, "", "tool", "assistant", ["user"], "user<|im_end|>")],
     *[({"prompt": [{"role": "user", "content": value}]}, "field prompt") for value in (None, 5, ["a"], {"text": "a"})],
-    *[({"harmful": value}, '"harmful": true or false') for value in ("true", "yes", "", 1, 0, float("nan"), [], {}, None)],
+    ({"harmful": None}, '"harmful": true or false'),
+    *[({"harmful": value}, "field harmful") for value in ("", "maybe", "harmful", "10", 2, -1, 0.5, float("nan"), [], [1], {})],
     *[({"harmful": None, "data_type": value}, '"harmful"') for value in ("vanilla", "vanilla_unharmful", "", 5, [])],
-    *[({"harmful": None, "label": value}, "label") for value in (1, 0, True, [1], float("nan"))],
+    *[({"harmful": None, "label": value}, "field label") for value in (1, 0, True, [1], float("nan"))],
+    *[({"harmful": None, "label": value}, "field label") for value in ("toxic", "refusal", "S2", "level 1", "not_harmful")],
+    *[({"harmful": None, "label": value}, "field label") for value in ("unharmful", "step 1 is harmful", "a - b is 7", "A", "n/a", "?")],
+    *[({"prompt": None, "question": "a", "harmful": None, "label": value}, "field label") for value in ("34", "toxic", 1)],
+    ({"prompt": None, "question": "a", "harmful": None, "answer": "7", "label": "toxic"}, "field label"),
     *[({"harmful": False, "gold": value}, "field gold") for value in (True, [], [7], {}, float("nan"), float("inf"), " ", "#### ")],
-    *[({"harmful": None, "answer": value}, "field answer") for value in (True, ["7"], {"a": 7}, float("nan"), "####")],
+    *[({"harmful": None, "answer": value}, "field answer") for value in (True, ["7"], {"a": 7}, float("nan"), "####", "7", 7)],
+    *[({"prompt": None, "problem": "a", "harmful": None, "answer": value}, "field answer") for value in (True, ["7"], {"a": 7}, float("nan"), "####")],
     ({"gold": "7"}, "field gold"),
     *[({"id": value}, "field id") for value in ("", 1.5, True, [], {}, ["a"], float("nan"))],
     *[({"verdict": value}, "field verdict") for value in ("maybe", "", "Safe", 1, ["safe"], True)],
     *[({name: "a\ud800b"}, f"field {name}") for name in ("prompt", "id", "category", "split", "source")],
     ({"prompt": None, "question": "\udfff"}, "field question"),
     ({"prompt": [{"role": "user", "content": "\ud83d"}]}, "field prompt"),
-    ({"harmful": None, "answer": "\ud800"}, "field gold"),
+    ({"harmful": None, "answer": "\ud800"}, "field answer"),
+    ({"prompt": None, "question": "a", "harmful": None, "answer": "\ud800"}, "field answer"),
+    ({"prompt": json.dumps([USER, {"role": "tool", "content": "b"}])}, "field prompt"),
+    ({"prompt": str([{"role": "assistant", "content": "b"}])}, "field prompt"),
+    ({"prompt": json.dumps([{"role": "user", "content": "\ud83d"}])}, "field prompt"),
 ]  # fmt: skip
 BAD_LINES = ['{"prompt": "a", "harm', '{"prompt": "a"}{"prompt": "b"}', "NaN", "[1]", '"a"', "{prompt: a}", "[" * 100_000,
              '{"prompt": ' + "[" * 100_000, '{"id": ' + "9" * 5000 + "}", "\x00", '{"prompt": "a\nb"}', "\ufeff{}"]  # fmt: skip
@@ -289,7 +309,8 @@ def test_a_bad_row_is_named_by_file_row_and_field(tmp_path):
 @pytest.mark.parametrize("name, data", [
     ("p.csv", b""), ("p.csv", "prompt,harmful\nna\xefve,True\n".encode("latin-1")), ("p.csv", b"prompt,harmful\n"),
     ("p.csv", b'prompt,harmful\n"a,True\nb,False\n'), ("p.csv", b"prompt,harmful\na,maybe\n"), ("p.parquet", b"PAR1nonsense"),
-    ("p.csv", b"prompt,harmful\na,1\nb,0\n"), ("p.csv", b"prompt,label\na,1\n"), ("p.jsonl", b"{}"),
+    ("p.csv", b"prompt,harmful\na,1\nb,2\n"), ("p.csv", b"prompt,label\na,1\n"), ("p.jsonl", b"{}"), ("p.txt", b"a\n"),
+    ("p.json", b'[{"prompt": "a"}'), ("p.tsv.gz", b"prompt\tharmful\na\ttrue\n"), ("p.xlsx", b"prompt,harmful\na,true\n"),
 ])  # fmt: skip
 def test_no_stage_makes_a_run_folder_for_a_bad_file(name, data, tmp_path):
     (tmp_path / name).write_bytes(data)
