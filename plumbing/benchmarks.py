@@ -6,20 +6,24 @@ import json
 import random
 from dataclasses import dataclass, field
 
+from plumbing.files import read_source, split_source
 from plumbing.process import fail
-from plumbing.prompts import SAFE_WORDS, prompt_rows, read_source
+from plumbing.prompts import is_blank, looks_like_answer, own_word, prompt_field, prompt_rows
+from plumbing.prompts import read_prompt, shown, verdict_of, word_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    source: str  # on the hub, owner/name[:config[:split]]
-    count: int  # rows there, after `where`
+    source: str  # on the hub, owner/name[:config[:split]]; "" if only a file can be given
+    count: int  # rows there, after `where`; 0 if no card says it
     harmful: bool  # all rows are, or none is
     licence: str
     prompt: str = "prompt"  # field of the prompt
     gold: str = ""  # field of the answer to maths prompts
     category: str = "category"  # field of the category, if there is one
     where: str = ""  # rows wanted, field=value
+    some_unlabelled: bool = False  # rows whose `where` field is empty are left out, no error
+    instruction: str = ""  # what follows each prompt
     gated: bool = False  # its page must be accepted first
     load: dict = field(default_factory=dict)  # further arguments of load_dataset
 
@@ -39,6 +43,17 @@ FORTRESS = {
 }
 JBB = {"count": 100, "licence": "MIT", "prompt": "Goal", "category": "Category"}
 XSTEST = {"source": "Paul/XSTest", "licence": "CC-BY-4.0", "category": "type"}
+WILDGUARD = {
+    "source": "allenai/wildguardmix:wildguardtest:test",
+    "count": 0,  # 1,725 with those whose prompt nobody labelled
+    "licence": "ODC-BY",
+    "category": "subcategory",
+    "gated": True,
+    "some_unlabelled": True,
+}
+# What the official evaluations ask on competition maths, to the letter
+BOXED = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+MATHS = {"harmful": False, "prompt": "problem", "gold": "answer", "instruction": BOXED}
 
 # As dataset cards and public code that loads them say it; another count of rows is said at run time
 BENCHMARKS = {
@@ -48,12 +63,19 @@ BENCHMARKS = {
     "harmbench": Benchmark(
         source="walledai/HarmBench:standard", count=200, harmful=True, licence="MIT", gated=True
     ),
+    "harmbench-602": Benchmark(source="", count=602, harmful=True, licence="not stated"),
     "wildjailbreak": Benchmark(
         **WILD, count=2000, harmful=True, where="data_type=adversarial_harmful"
     ),
     "wildjailbreak-benign": Benchmark(
         **WILD, count=210, harmful=False, where="data_type=adversarial_benign"
     ),
+    "wildjailbreak-250": Benchmark(source="", count=250, harmful=True, licence="ODC-BY"),
+    "wildguardtest": Benchmark(**WILDGUARD, harmful=True, where="prompt_harm_label=harmful"),
+    "wildguardtest-benign": Benchmark(
+        **WILDGUARD, harmful=False, where="prompt_harm_label=unharmful"
+    ),
+    "jailbreak-r1": Benchmark(source="", count=313, harmful=True, licence="not stated"),
     "fortress": Benchmark(**FORTRESS, harmful=True, prompt="adversarial_prompt"),
     "fortress-benign": Benchmark(**FORTRESS, harmful=False, prompt="benign_prompt"),
     "jailbreakbench": Benchmark(
@@ -90,22 +112,16 @@ BENCHMARKS = {
         gold="answer",
     ),
     "math500": Benchmark(
+        **MATHS,
         source="HuggingFaceH4/MATH-500::test",
         count=500,
-        harmful=False,
         licence="MIT",
-        prompt="problem",
-        gold="answer",
         category="subject",
     ),
     "aime2024": Benchmark(
-        source="HuggingFaceH4/aime_2024",
-        count=30,
-        harmful=False,
-        licence="not stated",
-        prompt="problem",
-        gold="answer",
+        **MATHS, source="HuggingFaceH4/aime_2024", count=30, licence="not stated"
     ),
+    "aime2025": Benchmark(**MATHS, source="math-ai/aime25::test", count=30, licence="Apache-2.0"),
     "gpqa-diamond": Benchmark(
         source="Idavidrein/gpqa:gpqa_diamond",
         count=198,
@@ -121,27 +137,32 @@ BENCHMARKS = {
 def load_benchmark(name: str, path: str, limit: int) -> tuple[list[dict], dict]:
     """(prompt rows, what the recipe says of them) of a benchmark in the table, from the hub or a
     local copy in its public spelling, or of any other prompt file."""
-    public = BENCHMARKS.get(name)
-    if path:
-        source, raw_rows = path, read_source(path)
-    else:
-        source, raw_rows = public.source, read_source(public.source, **public.load)
-    if public:
-        field_name, _, value = public.where.partition("=")
-        raw_rows = [row for row in raw_rows if row.get(field_name, value) == value]
-        raw_rows = [public_row(row, public, source) for row in raw_rows]
-    rows = prompt_rows(raw_rows, source, limit)
+    known = BENCHMARKS.get(name)
+    if not path and not known.source:
+        fail(f"{name} is on no hub; give its file: --bench {name}=path")
+    source, told = split_source(path or known.source)
+    load = {} if path else known.load
+    raw_rows = read_source(source, **load)
+    numbers = list(range(1, len(raw_rows) + 1))
+    if known:
+        if told not in (None, known.harmful):
+            fail(f"{path}: the prompts of {name} are {'harmful' if known.harmful else 'benign'}")
+        raw_rows, numbers = public_rows(raw_rows, known, source)
+    rows = prompt_rows(raw_rows, source, limit, told, numbers)
+    if known and known.instruction:
+        for row in rows:
+            row["prompt"] = with_instruction(row["prompt"], known.instruction)
     text = json.dumps([[row["prompt"], row.get("gold")] for row in rows])
     recipe = {
-        "source": source,
+        "source": path or known.source,
         "rows": len(raw_rows),
         "used": len(rows),
         "prompts": hashlib.sha256(text.encode()).hexdigest()[:16],
     }
-    if public:
-        recipe |= {"rows published": public.count, "licence": public.licence}
-        if len(raw_rows) != public.count:
-            print(f"{name}: {len(raw_rows)} rows in {source}, {public.count} are published")
+    if known:
+        recipe |= {"rows published": known.count or "unknown", "licence": known.licence}
+        if known.count and len(raw_rows) != known.count:
+            print(f"{name}: {len(raw_rows)} rows in {source}, {known.count} are published")
     return rows, recipe
 
 
@@ -153,7 +174,7 @@ def load_benchmarks(benchmarks: dict[str, str], limit: int):
         try:
             rows[name], recipes[name] = load_benchmark(name, path, limit)
         except SystemExit as error:
-            if path:
+            if path or not BENCHMARKS[name].source:
                 raise
             left_out[name] = f"{name} is left out: {str(error).removeprefix('error: ')}"
             if BENCHMARKS[name].gated:
@@ -164,29 +185,93 @@ def load_benchmarks(benchmarks: dict[str, str], limit: int):
     return rows, recipes, left_out
 
 
-def public_row(row: dict, benchmark: Benchmark, source: str) -> dict:
+def public_rows(
+    raw_rows: list[dict], known: Benchmark, source: str
+) -> tuple[list[dict], list[int]]:
+    """(the rows of a benchmark in our spelling, their numbers in the file)."""
+    rows, numbers = [], []
+    for number, raw in enumerate(raw_rows, 1):
+        if is_wanted(raw, known, f"{source}, row {number}"):
+            rows.append(public_row(raw, known, source, number))
+            numbers.append(number)
+    if not rows:
+        fail(f"{source} holds no rows with {known.where}")
+    return rows, numbers
+
+
+def is_wanted(raw: dict, known: Benchmark, where: str) -> bool:
+    """Whether a row is of the part of its file that the benchmark is. A row that does not say it is
+    an error: kept, it would count on the wrong side."""
+    if not known.where:
+        return True
+    field_name, _, value = known.where.partition("=")
+    said = raw.get(field_name)
+    if is_blank(said) and field_name == "label" and not is_blank(raw.get("type")):
+        said = "safe"  # XSTest's own csv says it by the type
+        if word_of(raw["type"]).startswith("contrast_"):
+            said = "unsafe"
+    if is_blank(said) and not (known.some_unlabelled and field_name in raw):
+        fail(f"{where}: no field {field_name}, which says whether the row belongs here")
+    if field_name == "label" and verdict_of(said) is None:
+        fail(f"{where}, field label: {shown(said)} is neither safe nor unsafe")
+    return word_of(said) == value
+
+
+def public_row(raw: dict, known: Benchmark, source: str, number: int = 1) -> dict:
     """A row of a public benchmark in our spelling; GPQA's become questions with four options, in an
     order drawn from the question, and the right letter as gold answer."""
-    prompt = row.get(benchmark.prompt) or row.get("prompt")
-    gold = row.get(benchmark.gold) or row.get("label")
-    label_says = SAFE_WORDS.get(str(row.get("label")), benchmark.harmful)
-    if label_says != benchmark.harmful or (benchmark.gold and gold is None):
-        what = f"a row has the label {row.get('label')} and the answer {gold}"
+    where = f"{source}, row {number}"
+    name = known.prompt if known.prompt in raw else prompt_field(raw)
+    if name is None or not str(raw[name] or "").strip():
+        fail(f"{source} is no copy of that benchmark: row {number} has no field {known.prompt}")
+    prompt = read_prompt(raw, name, where)
+    word_field, word = own_word(raw, where)
+    if word not in (None, known.harmful):
+        what = f"row {number} has the {word_field} {shown(raw[word_field])}"
         fail(f"{source} is no copy of that benchmark: {what}")
-    if "Incorrect Answer 1" in row:
-        prompt, gold = lettered_options(prompt, row)
-    public = {"id": row.get("id"), "prompt": prompt, "harmful": benchmark.harmful}
-    public["category"] = row.get(benchmark.category)
-    if benchmark.gold:
-        public["gold"] = str(gold).rpartition("####")[2].strip()  # GSM8K's comes after a solution
-    return {key: value for key, value in public.items() if value is not None}
+    public = {"id": raw.get("id"), "harmful": known.harmful, "category": raw.get(known.category)}
+    if known.gold:
+        gold_field = public_gold_field(raw, known)
+        if not gold_field:
+            what = f"row {number} has no answer (field {known.gold})"
+            fail(f"{source} is no copy of that benchmark: {what}")
+        public["gold"] = raw[gold_field]
+    if "Incorrect Answer 1" in raw:
+        prompt, public["gold"] = lettered_options(prompt, raw, where)
+    public["prompt"] = prompt
+    return {key: value for key, value in public.items() if not is_blank(value)}
 
 
-def lettered_options(question: str, row: dict) -> tuple[str, str]:
+def public_gold_field(raw: dict, known: Benchmark) -> str:
+    """The field of the right answer, "" if there is none: the table's, or one of any maths file."""
+    for name in (known.gold, "gold", "answer", "Answer"):
+        if not is_blank(raw.get(name)):
+            return name
+    if looks_like_answer(raw.get("label")):
+        return "label"
+    return ""
+
+
+def lettered_options(question: str, raw: dict, where: str) -> tuple[str, str]:
     """(question with its four options, letter of the right one)."""
-    options = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
+    if not isinstance(question, str):
+        fail(f"{where}: a question with options is a text, no chat")
+    names = ["Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
+    for name in names:
+        if is_blank(raw.get(name)):
+            fail(f"{where}: no field {name}")
+    options = [str(raw[name]) for name in names]
+    right = options[0]
     random.Random(question).shuffle(options)
     lines = [f"{letter}) {option.strip()}" for letter, option in zip("ABCD", options)]
     task = "Which option is right? Put its letter into \\boxed{}."
-    letter = "ABCD"[options.index(row["Correct Answer"])]
+    letter = "ABCD"[options.index(right)]
     return "\n\n".join([question, "\n".join(lines), task]), letter
+
+
+def with_instruction(prompt, instruction: str):
+    """A prompt, text or chat messages, whose last turn ends in an instruction."""
+    if isinstance(prompt, str):
+        return prompt + instruction
+    last = {"role": "user", "content": prompt[-1]["content"] + instruction}
+    return [*prompt[:-1], last]
