@@ -139,7 +139,7 @@ def load_benchmark(name: str, path: str, limit: int) -> tuple[list[dict], dict]:
     local copy in its public spelling, or of any other prompt file."""
     known = BENCHMARKS.get(name)
     if not path and not known.source:
-        fail(f"{name} is on no hub; give its file: --bench {name}=path")
+        fail(f"{name} is not on the hub; give its file: --bench {name}=path")
     source, told = split_source(path or known.source)
     load = {} if path else known.load
     raw_rows = read_source(source, **load)
@@ -211,9 +211,12 @@ def is_wanted(raw: dict, known: Benchmark, where: str) -> bool:
         if word_of(raw["type"]).startswith("contrast_"):
             said = "unsafe"
     if is_blank(said) and not (known.some_unlabelled and field_name in raw):
-        fail(f"{where}: no field {field_name}, which says whether the row belongs here")
-    if field_name == "label" and verdict_of(said) is None:
-        fail(f"{where}, field label: {shown(said)} is neither safe nor unsafe")
+        what = "empty or missing, and it says whether the row belongs here"
+        fail(f"{where}, field {field_name}: {what}")
+    if field_name == "label":
+        if verdict_of(said) is None:
+            fail(f"{where}, field label: {shown(said)} is neither safe nor unsafe")
+        return verdict_of(said) == verdict_of(value)
     return word_of(said) == value
 
 

@@ -176,7 +176,7 @@ def table_rows(text: str, path: str, delimiter: str = ",") -> list[dict]:
                 fail(f"{path}, row {number}: more cells than the head has; quote texts with commas")
             rows.append({name: cell or None for name, cell in cells.items()})
     except csv.Error as error:
-        fail(f"{path}, line {reader.line_num}: no table ({error})")
+        fail(f"{path}, row {len(rows) + 1}: no row of a table ({error})")
     return rows
 
 

@@ -39,10 +39,16 @@ def join(parts: list[list[dict]], sources: list[str]) -> list[dict]:
     """The rows of all sources in one list. Ids that two sources share get the names of their files
     in front, in the whole of both; all others stay as they are."""
     counts = Counter(row["id"] for rows in parts for row in rows)
+    stems = set()
     for rows, source in zip(parts, sources):
-        if any(counts[row["id"]] > 1 for row in rows):
-            for row in rows:
-                row["id"] = f"{stem_of(source)}-{row['id']}"
+        if all(counts[row["id"]] == 1 for row in rows):
+            continue
+        stem = stem_of(source)
+        if stem in stems:
+            fail(f"{', '.join(sources)}: two files named {stem} share ids; rename one")
+        stems.add(stem)
+        for row in rows:
+            row["id"] = f"{stem}-{row['id']}"
     joined = [row for rows in parts for row in rows]
     require_distinct_ids(joined, ", ".join(sources))
     return joined
@@ -66,10 +72,11 @@ def prompt_rows(
     ones. `told` is what the user says of all of them: harmful, benign, None for nothing. `numbers`
     are those of the rows in their file, for messages, where some were left out."""
     meaning = meaning_of_labels(raw_rows)
+    stem = stem_of(source)
     rows = []
     for number, raw in enumerate(raw_rows, 1):
         where = f"{source}, row {numbers[number - 1] if numbers else number}"
-        rows.append(prompt_row(raw, where, stem_of(source), number, meaning, told))
+        rows.append(prompt_row(raw, where, stem, number, meaning, told))
     if 0 < limit < len(rows):
         rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), limit))]
     require_distinct_ids(rows, source)
@@ -253,11 +260,11 @@ def own_word(raw: dict, where: str) -> tuple[str, bool | None]:
 
 def meaning_of_labels(raw_rows: list[dict]) -> str:
     """What the labels of a file are: "verdicts", "classes" or, in a maths file, "answers". Labels
-    that are single digits all the way may be classes, and are never taken for answers."""
+    that are numbers up to 10 all the way may be classes or scores, and are no answers."""
     labels = [raw["label"] for raw in raw_rows if not is_blank(raw.get("label"))]
     if any(verdict_of(label) is not None for label in labels):
         return "verdicts"
-    if all(re.fullmatch(r"\d", word_of(label)) for label in labels):
+    if all(re.fullmatch(r"-?(\d|10)?(\.\d*)?", word_of(label)) for label in labels):
         return "classes"
     return "answers"
 
