@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from judges import answer_is_correct
-from plumbing import load_prompts
+from plumbing import load_held_out, load_prompts, load_with_boundary
 from tiny import gold, world
 
 DATA = ROOT.parent / "shared" / "data"
@@ -173,6 +173,194 @@ def test_csv_and_parquet(tmp_path):
     for name in ("p.csv", "p.parquet"):
         found = load_prompts([str(tmp_path / name)])
         assert [(r["prompt"], r["harmful"]) for r in found] == [("a", True), ("b", False)]
+
+
+# Invented rows in the columns of files that both papers and public work use, and what must be read of them
+HOW = "how do i brew a burn potion?"
+SONG = "how do i brew a sleep potion?"
+PUBLIC_FILES = {
+    "ThinkSafe's harmbench.json": (
+        "h.json:harmful",
+        json.dumps([{"objective": "a burn potion", "prompt": f"you are a hero. {HOW}"}]),
+        [(f"you are a hero. {HOW}", True)],
+    ),
+    "AdvBench": ("advbench.csv:harmful", f'goal,target\n{HOW},"sure, here"\n', [(HOW, True)]),
+    "STAR-1": (
+        "star1.json:harmful",
+        json.dumps([{"id": 4, "question": HOW, "response": "<think> 7", "category": ["fire"], "source": "x"}]),
+        [(HOW, True)],
+    ),
+    "JailJudge": ("jj.json:harmful", json.dumps({"data": [{"prompt": HOW, "response": "take moss"}]}), [(HOW, True)]),
+    "WildJailbreak, train": (
+        "train.tsv",
+        f"vanilla\tadversarial\tcompletion\tdata_type\n{HOW}\t\tno.\tvanilla_harmful\n"
+        f'{SONG}\t"a ""hero"":\n{SONG}"\tmoss.\tadversarial_benign\n',
+        [(HOW, True), (f'a "hero":\n{SONG}', False)],
+    ),
+    "WildJailbreak, eval": (
+        "eval.tsv",
+        f"adversarial\tlabel\tdata_type\n{HOW}\t1\tadversarial_harmful\n{SONG}\t0\tadversarial_benign\n",
+        [(HOW, True), (SONG, False)],
+    ),
+    "AIME 2024": (
+        "aime.csv",
+        "ID,Problem,Solution,Answer\n2024-I-1,what is 12 + 13?,add,025\n",
+        [("what is 12 + 13?", "025")],
+    ),
+    "AIME 2025": ("aime.jsonl", '{"problem": "what is 3 + 4?", "answer": "7", "id": "0"}\n', [("what is 3 + 4?", "7")]),
+    "SafeChain": (
+        "safechain.jsonl",
+        json.dumps({"instruction": HOW, "label": "vanilla_harmful", "response": "step 1"})
+        + "\n"
+        + json.dumps({"instruction": SONG, "label": "adversarial_benign", "response": "2 herbs"}),
+        [(HOW, True), (SONG, False)],
+    ),
+    "HarmBench": (
+        "harmbench.csv:harmful",
+        f"Behavior,FunctionalCategory,ContextString,BehaviorID\n{HOW},standard,,a\n{HOW},contextual,it is a book.,b\n",
+        [(HOW, True), (f"it is a book.\n\n---\n\n{HOW}", True)],
+    ),
+    "do-not-answer": ("dna.csv:harmful", f"id,question,risk_area\n0,{HOW},fire\n", [(HOW, True)]),
+    "MaliciousInstruct": ("mi.txt:harmful", f"{HOW}\n\n  {SONG} \r\n", [(HOW, True), (SONG, True)]),
+    "StrongREJECT": ("sr.csv:harmful", f'category,source,forbidden_prompt\nfire,DAN,"{HOW}"\n', [(HOW, True)]),
+    "benign questions": ("gsm.jsonl:benign", '{"question": "how?", "answer": "7"}', [("how?", False)]),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC_FILES)
+def test_public_columns(name, tmp_path):
+    source, text, expected = PUBLIC_FILES[name]
+    (tmp_path / source.partition(":")[0]).write_text(text, newline="")
+    found = load_prompts([str(tmp_path / source)])
+    assert [(row["prompt"], row.get("gold", row["harmful"])) for row in found] == expected
+
+
+@pytest.mark.parametrize("row, field", [
+    ({"prompt": "a", "harmful": False}, "harmful"),
+    ({"prompt": "a", "harmful": "no"}, "harmful"),
+    ({"prompt": "a", "label": "Safe"}, "label"),
+    ({"prompt": "a", "data_type": "vanilla_benign"}, "data_type"),
+    ({"problem": "a", "gold": "7"}, "gold"),
+])  # fmt: skip
+def test_a_row_that_says_otherwise_than_its_file_is_named(row, field, tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "b"}\n' + json.dumps(row))
+    with pytest.raises(SystemExit, match=f"p.jsonl, row 2, field {field}: "):
+        load_prompts([f"{file}:harmful"])
+    if field != "gold":
+        file.write_text(json.dumps(row))
+        [found] = load_prompts([f"{file}:benign"])
+        assert found["harmful"] is False
+
+
+@pytest.mark.parametrize("source, words", [
+    ("p.csv:toxic", "behind a file stands harmful or benign, not 'toxic'"),
+    ("p.csv:", "behind a file stands harmful or benign, not ''"),
+    ("no.csv:harmful", "no prompt file at {}/no.csv"),
+    ("NO.JSONL", "no prompt file at {}/NO.JSONL"),
+    ("no.json.gz", "no prompt file at {}/no.json.gz"),
+    ("no/such/file", "no prompt file at {}/no/such/file"),
+    ("p.md", "its name ends in none of .jsonl, .ndjson, .json, .csv, .tsv, .txt, .parquet"),
+])  # fmt: skip
+def test_what_looks_like_a_file_never_asks_the_hub(source, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asks the hub"))
+    (tmp_path / "p.csv").write_text("prompt\na\n")
+    (tmp_path / "p.md").write_text("a")
+    with pytest.raises(SystemExit) as stop:
+        load_prompts([f"{tmp_path}/{source}"])
+    assert words.format(tmp_path) in str(stop.value)
+
+
+def test_the_last_part_of_a_hub_dataset_is_its_split(monkeypatch):
+    asked = []
+
+    def load_dataset(path, name, split, **_):
+        asked.append((path, name, split))
+        return [{"prompt": "a", "harmful": False}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    for source in ("owner/name-v1.5", "owner/name:config", "owner/name:config:harmful", "owner/name::benign"):
+        [row] = load_prompts([source])
+        assert row["harmful"] is False
+    assert asked == [
+        ("owner/name-v1.5", None, "train"),
+        ("owner/name", "config", "train"),
+        ("owner/name", "config", "harmful"),
+        ("owner/name", None, "benign"),
+    ]
+
+
+@pytest.mark.parametrize("labels, expected", [
+    (["34", "0", "1", "\\pi", "p - q", "x=5", "so\n#### 8"], ["34", "0", "1", "\\pi", "p - q", "x=5", "8"]),
+    (["0", "1"], None),
+    (["3", "3", "5"], None),
+    (["1.0", "0.0"], None),
+    ([".5", "0.25"], None),
+    (["-1", "10"], None),
+    (["-1", "11"], ["-1", "11"]),
+    (["34", "toxic"], None),
+    (["34", "S2"], None),
+    (["34", "safe"], None),
+    (["vanilla_harmful", "adversarial_benign"], [True, False]),
+    (["vanilla_harmful", "not_harmful"], None),
+    (["vanilla_harmful", "34"], None),
+])  # fmt: skip
+def test_a_label_is_a_verdict_or_an_answer_and_never_a_guess(labels, expected, tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "a", "label": label}) + "\n" for label in labels))
+    if expected is None:
+        with pytest.raises(SystemExit, match="p.jsonl, row [12], field label: "):
+            load_prompts([str(file)])
+        return
+    found = load_prompts([str(file)])
+    assert [row.get("gold", row["harmful"]) for row in found] == expected
+
+
+def test_two_files_with_the_same_ids(tmp_path):
+    for name, ids in (("a", [1, 2]), ("b", [2, 3]), ("c", [4, 5])):
+        lines = [json.dumps({"id": number, "prompt": name, "harmful": False}) for number in ids]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    a, b, c = (str(tmp_path / f"{name}.jsonl") for name in "abc")
+    ids = [row["id"] for row in load_prompts([a, b, c])]
+    assert ids == ["a-1", "a-2", "b-2", "b-3", "4", "5"]
+    assert [row["id"] for row in load_prompts([a, c])] == ["1", "2", "4", "5"]
+    found = load_with_boundary([a, c], [b], 0)
+    assert [(row["id"], row["kind"]) for row in found[-2:]] == [("b-2", "boundary"), ("b-3", "boundary")]
+    assert {row["kind"] for row in found[:-2]} == {"benign"}
+    with pytest.raises(SystemExit, match="a.jsonl: two files named a share ids; rename one"):
+        load_prompts([a, a])
+    (tmp_path / "a-1.jsonl").write_text('{"id": 2, "prompt": "d", "harmful": false}')
+    (tmp_path / "b.jsonl").write_text(
+        '{"id": "1-2", "prompt": "d", "harmful": false}\n{"id": 2, "prompt": "d", "harmful": false}'
+    )
+    (tmp_path / "a.jsonl").write_text(
+        '{"id": "1-2", "prompt": "d", "harmful": false}\n{"id": 1, "prompt": "d", "harmful": false}'
+    )
+    with pytest.raises(SystemExit, match="id 'a-1-2' occurs twice in"):
+        load_prompts([a, b, str(tmp_path / "a-1.jsonl")])
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "prompt": "d", "harmful": false}\n' * 2)
+    with pytest.raises(SystemExit, match="id '1' occurs twice in"):
+        load_prompts([a])
+
+
+def test_held_out_files_are_named_without_their_endings(tmp_path):
+    (tmp_path / "potions.txt").write_text(HOW)
+    [(name, [row])] = load_held_out([f"{tmp_path}/potions.txt:harmful"], 5).items()
+    assert name == row["source"] == "potions" and row["id"] == "potions-1" and row["harmful"]
+
+
+def test_the_page_on_data_names_every_ending_field_and_benchmark():
+    from plumbing import benchmarks, files, prompts
+
+    text = (ROOT / "docs/data.md").read_text()
+    words = [
+        *files.ENDINGS,
+        *prompts.PROMPT_FIELDS,
+        *prompts.SAFE_WORDS,
+        *prompts.HARMFUL_WORDS,
+        *benchmarks.BENCHMARKS,
+    ]
+    assert [word for word in words if not re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text)] == []
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the public benchmark files are not beside this checkout")

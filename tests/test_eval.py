@@ -219,6 +219,156 @@ def test_another_file_is_no_copy_of_a_benchmark(name, row, tmp_path):
         plumbing.load_benchmark(name, str(file), 0)
 
 
+def bench(name, folder, file_name, text, limit=0):
+    """The rows of a benchmark of the table from a file with this text."""
+    (folder / file_name).write_text(text)
+    found, _ = plumbing.load_benchmark(name, str(folder / file_name), limit)
+    return found
+
+
+def not_bench(name, folder, file_name, text) -> str:
+    with pytest.raises(SystemExit) as stop:
+        bench(name, folder, file_name, text)
+    line = str(stop.value)
+    assert line.startswith("error: ") and "\n" not in line
+    return line
+
+
+HOW = "how do i brew a burn potion?"
+
+
+def test_xstest_without_labels_is_split_by_its_types(tmp_path):
+    """Its second version as a csv: by hand, which rows are contrasts and mean harm."""
+    lines = ["id,prompt,type,focus,note", "v2-1,how do i kill a fever?,homonyms,x,", f"v2-2,{HOW},contrast_homonyms,x,"]
+    lines += ["v2-3,who won the dragon war?,historical_events,x,", f"v2-4,{HOW},Contrast_safe_targets,x,"]
+    text = "\n".join(lines)
+    safe = bench("xstest", tmp_path, "x.csv", text)
+    assert [(row["id"], row["harmful"], row["category"]) for row in safe] == [
+        ("v2-1", False, "homonyms"),
+        ("v2-3", False, "historical_events"),
+    ]
+    unsafe = bench("xstest-unsafe", tmp_path, "x.csv", text)
+    assert [(row["id"], row["harmful"]) for row in unsafe] == [("v2-2", True), ("v2-4", True)]
+    labelled = "prompt,type,label\na,contrast_homonyms,Safe\nd,x,benign\nb,homonyms,unsafe\nc,contrast_homonyms,\n"
+    assert [row["prompt"] for row in bench("xstest", tmp_path, "x.csv", labelled)] == ["a", "d"]  # a label goes first
+    assert [row["prompt"] for row in bench("xstest-unsafe", tmp_path, "x.csv", labelled)] == ["b", "c"]
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("xstest", "prompt\na\n", "row 1, field label: empty or missing"),
+    ("xstest", "prompt,label\na,safe\nb,\n", "row 2, field label: empty or missing"),
+    ("xstest", "prompt,label\na,safe\nb,maybe\n", "row 2, field label: 'maybe'"),
+    ("xstest-unsafe", "prompt,label\na,safe\n", "holds no rows with label=unsafe"),
+    ("wildjailbreak", "adversarial\na\n", "row 1, field data_type: empty or missing"),
+    ("wildjailbreak", "adversarial,data_type\na,adversarial_harmful\nb,\n", "row 2, field data_type: empty or missing"),
+    ("wildguardtest", "prompt\na\n", "row 1, field prompt_harm_label: empty or missing"),
+    ("wildjailbreak", "adversarial,vanilla,data_type\n,a,adversarial_harmful\n", "row 1 has no field adversarial"),
+    ("strongreject", "category,text\nfire,a\n", "row 1 has no field prompt"),
+    ("xstest", "prompt,type,harmful\na,homonyms,no\nb,homonyms,true\n", "row 2 has the harmful 'true'"),
+    ("xstest-unsafe", "prompt,type,label,harmful\na,x,unsafe,0\n", "row 1 has the harmful '0'"),
+    ("jailbreak-r1", "prompt,label\na,unsafe\nb,safe\n", "row 2 has the label 'safe'"),
+    ("wildjailbreak-250", "prompt,data_type\na,adversarial_benign\n", "row 1 has the data_type"),
+    ("gsm8k", "question,label\na,safe\n", "row 1 has no answer (field answer)"),
+    ("gsm8k", "question,answer\na,nan\n", "row 1, field gold: 'nan'"),
+    ("gpqa-diamond", "Question,Correct Answer,Incorrect Answer 1\na,1,2\n", "row 1: no field Incorrect Answer 2"),
+])  # fmt: skip
+def test_a_row_that_is_not_of_the_benchmark_is_named(name, text, words, tmp_path):
+    line = not_bench(name, tmp_path, "copy.csv", text)
+    assert words in line and "copy.csv" in line
+
+
+def test_a_bad_row_of_a_part_has_its_number_in_the_file(tmp_path):
+    text = "id,prompt,label\n1,a,unsafe\n2,b,safe\n3,c,unsafe\n"
+    assert [row["id"] for row in bench("xstest-unsafe", tmp_path, "copy.csv", text)] == ["1", "3"]
+    rows = [{"prompt": "a", "label": "safe"}, {"prompt": "b", "label": "unsafe", "id": []}]
+    line = not_bench("xstest-unsafe", tmp_path, "copy.json", json.dumps(rows))
+    assert "row 2, field id" in line
+
+
+def test_public_copies_in_their_own_columns(tmp_path):
+    sr = bench("strongreject", tmp_path, "sr.csv", f'category,source,forbidden_prompt\nfire,DAN,"{HOW}"\n')
+    assert [(row["prompt"], row["harmful"], row["category"]) for row in sr] == [(HOW, True, "fire")]
+    context = f"Behavior,ContextString,FunctionalCategory\n{HOW},,standard\n{HOW},a book.,contextual\n"
+    found = bench("harmbench", tmp_path, "hb.csv", context)
+    assert [row["prompt"] for row in found] == [HOW, f"a book.\n\n---\n\n{HOW}"]
+    long = json.dumps([{"objective": "a potion", "prompt": f"you are a hero. {HOW}"}])
+    [row] = bench("harmbench-602", tmp_path, "harmbench.json", long)
+    assert row["prompt"] == f"you are a hero. {HOW}" and row["harmful"]
+    chat = json.dumps({"prompt": str([{"role": "user", "content": HOW}]), "label": "unsafe"})
+    for name in ("jailbreak-r1", "wildjailbreak-250", "strongreject"):
+        [row] = bench(name, tmp_path, "sister.jsonl", chat)
+        assert row["prompt"] == HOW and row["harmful"]
+    wild = "adversarial\tlabel\tdata_type\nb\t0\tadversarial_benign\na\t1\tadversarial_harmful\n"
+    assert [row["prompt"] for row in bench("wildjailbreak", tmp_path, "w.tsv", wild)] == ["a"]
+    assert [row["prompt"] for row in bench("wildjailbreak-benign", tmp_path, "w.tsv", wild)] == ["b"]
+    guard = "prompt,prompt_harm_label,subcategory\na,harmful,fire\nb,unharmful,benign\nc,,x\n"
+    [row] = bench("wildguardtest", tmp_path, "w.csv", guard)
+    assert (row["prompt"], row["harmful"], row["category"]) == ("a", True, "fire")
+    [row] = bench("wildguardtest-benign", tmp_path, "w.csv", guard)
+    assert (row["prompt"], row["harmful"]) == ("b", False)
+
+
+def test_a_count_that_nobody_published_is_not_compared(tmp_path, capsys):
+    (tmp_path / "w.csv").write_text("prompt,prompt_harm_label\na,harmful\n")
+    _, recipe = plumbing.load_benchmark("wildguardtest", str(tmp_path / "w.csv"), 0)
+    assert recipe["rows published"] == "unknown" and not capsys.readouterr().out
+    bench("jailbreak-r1", tmp_path, "j.jsonl", json.dumps({"prompt": HOW}))
+    assert "1 rows in" in capsys.readouterr().out
+
+
+def test_gpqa_options_may_be_numbers_in_a_file(tmp_path):
+    row = {"Question": "how many suns?", "Correct Answer": 1, "Incorrect Answer 1": 2.5, "Incorrect Answer 2": 0}
+    row |= {"Incorrect Answer 3": " many "}
+    [found] = bench("gpqa-diamond", tmp_path, "g.jsonl", json.dumps(row))
+    options = dict(re.findall(r"^([A-D])\) (.*)$", found["prompt"], re.M))
+    assert options[found["gold"]] == "1" and sorted(options.values()) == ["0", "1", "2.5", "many"]
+    assert found["prompt"].count("\\boxed{}") == 1
+    row["Question"] = [{"role": "system", "content": "s"}, {"role": "user", "content": "how many suns?"}]
+    assert "row 1: a question with options is a text" in not_bench("gpqa-diamond", tmp_path, "g.jsonl", json.dumps(row))
+
+
+BOXED = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+@pytest.mark.parametrize("name, field, asks", [
+    ("math500", "problem", True), ("aime2024", "Problem", True), ("aime2025", "problem", True), ("gsm8k", "question", False),
+])  # fmt: skip
+def test_competition_maths_asks_for_a_box_in_the_table_only(name, field, asks, tmp_path):
+    answer = "Answer" if field == "Problem" else "answer"
+    lines = [{field: "what is 3 + 4?", answer: 7}, {field: "what is 1 - 1?", answer: 0}]
+    text = "\n".join(map(json.dumps, lines))
+    found = bench(name, tmp_path, "m.jsonl", text)
+    end = BOXED if asks else ""
+    assert [(row["prompt"], row["gold"]) for row in found] == [
+        ("what is 3 + 4?" + end, "7"),
+        ("what is 1 - 1?" + end, "0"),
+    ]
+    assert [row["prompt"] for row in load_prompts([str(tmp_path / "m.jsonl")])] == ["what is 3 + 4?", "what is 1 - 1?"]
+    assert bench("plain", tmp_path, "m.jsonl", text)[0]["prompt"] == "what is 3 + 4?"
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "what is 3 + 4?"}]
+    [row] = bench(name, tmp_path, "m.jsonl", json.dumps({"prompt": chat, "label": "7"}))
+    assert row["prompt"] == [chat[0], {"role": "user", "content": "what is 3 + 4?" + end}] and row["gold"] == "7"
+
+
+def test_a_benchmark_file_may_say_what_all_its_prompts_are(tmp_path):
+    file = tmp_path / "advbench.csv"
+    file.write_text(f"goal,target\n{HOW},sure\n")
+    [row], recipe = plumbing.load_benchmark("advbench", f"{file}:harmful", 0)
+    assert row["harmful"] and row["id"] == "advbench-1" and recipe["source"] == f"{file}:harmful"
+    [row], _ = plumbing.load_benchmark("strongreject", f"{file}:harmful", 0)
+    assert row["harmful"]
+    with pytest.raises(SystemExit, match="the prompts of strongreject are harmful"):
+        plumbing.load_benchmark("strongreject", f"{file}:benign", 0)
+    with pytest.raises(SystemExit, match="row 1: nothing says"):
+        plumbing.load_benchmark("advbench", str(file), 0)
+
+
+@pytest.mark.parametrize("name", ["harmbench-602", "wildjailbreak-250", "jailbreak-r1"])
+def test_a_benchmark_that_is_on_no_hub_asks_for_its_file(name, tmp_path):
+    error = refused(evaluate, "--run", tmp_path / "run", "--bench", name, "sums=tiny/prompts/test_sums.jsonl")
+    assert f"give its file: --bench {name}=path" in error and not (tmp_path / "run").exists()
+
+
 @pytest.mark.skipif(not DATA.exists(), reason="the public benchmark files are not beside this checkout")
 @pytest.mark.parametrize("name, file", [("strongreject", "strongreject"), ("xstest", "xstest_safe"),
                                         ("math500", "math500"), ("gsm8k", "gsm8k_test")])  # fmt: skip

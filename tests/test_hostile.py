@@ -1,6 +1,9 @@
 """Text from models and files that means harm, thousands of cases from fixed seeds: no text becomes a special token, ends
 its block or turns a verdict; every prompt file is read right or refused by name."""
 
+import csv
+import gzip
+import io
 import json
 import random
 import re
@@ -324,3 +327,136 @@ def test_no_stage_makes_a_run_folder_for_a_bad_file(name, data, tmp_path):
             value = f"plain={tmp_path / name}" if option == "--bench" else tmp_path / name
             run_here(load(stage), "--run", tmp_path / "run", option, value)
         assert str(stop.value).startswith("error: ") and name in str(stop.value) and not (tmp_path / "run").exists()
+
+
+FORMATS = [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"]
+
+
+def store(folder, rng: random.Random, ending: str, rows: list[dict]):
+    """A file of rows in one format, under a name in either case, packed or not, with either line end."""
+    name = f"prompts{rng.choice([ending, ending.upper()])}"
+    if ending == ".parquet":
+        import pandas
+
+        pandas.DataFrame(rows).to_parquet(folder / name)
+        return folder / name
+    line_end = rng.choice(["\n", "\r\n"])
+    if ending == ".json":
+        text = json.dumps(
+            rng.choice([rows, {"version": 1, "names": ["a"], "data": rows}]), indent=rng.choice([None, 1])
+        )
+    elif ending in (".csv", ".tsv"):
+        table, names = io.StringIO(newline=""), list(dict.fromkeys(name for row in rows for name in row))
+        delimiter = "," if ending == ".csv" else "\t"
+        writer = csv.DictWriter(table, names, delimiter=delimiter, lineterminator=line_end)
+        writer.writeheader()
+        writer.writerows(rows)
+        text = table.getvalue()
+    else:
+        text = line_end.join(json.dumps(row) for row in rows)
+    data = (rng.choice(["", "\ufeff"]) + text).encode()
+    if rng.random() < 0.3:
+        name += rng.choice([".gz", ".GZ"])
+        data = gzip.compress(data)
+    (folder / name).write_bytes(data)
+    return folder / name
+
+
+def flat_row(rng: random.Random) -> tuple[dict, dict]:
+    """(row of texts alone, what must be read): what every format can hold."""
+    text = hostile(rng, 3).strip() or "x"
+    chat = [{"role": "system", "content": hostile(rng, 2)}, {"role": "user", "content": text}]
+    harmful = rng.random() < 0.5
+    yes_or_no = rng.choice(["true", "True", "YES", "1"] if harmful else ["false", "FALSE", "no", "0"])
+    kind = "harmful" if harmful else "benign"
+    return rng.choice([
+        ({"prompt": text, "harmful": yes_or_no}, {"prompt": text, "harmful": harmful}),
+        ({"instruction": text, "label": f"vanilla_{kind}", "response": "7"}, {"prompt": text, "harmful": harmful}),
+        ({"adversarial": text, "vanilla": "b", "data_type": f"adversarial_{kind}"}, {"prompt": text, "harmful": harmful}),
+        ({"Behavior": text, "ContextString": "c", "harmful": yes_or_no}, {"prompt": f"c\n\n---\n\n{text}", "harmful": harmful}),
+        ({"prompt": rng.choice([json.dumps, str])(chat), "harmful": yes_or_no}, {"prompt": chat, "harmful": harmful}),
+        ({"Problem": text, "Answer": "025"}, {"prompt": text, "harmful": False, "gold": "025"}),
+        ({"question": text, "answer": "so\n#### NA"}, {"prompt": text, "harmful": False, "gold": "NA"}),
+    ])  # fmt: skip
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    """300 files of texts that mean harm, in every format; a column that others have is empty here."""
+    rng = random.Random(6)
+    for number in range(300):
+        pairs = [flat_row(rng) for _ in range(rng.randint(1, 6))]
+        if any("label" in row for row, _ in pairs):  # in such a file, a row without any word is no maths
+            pairs = [(row, expected) for row, expected in pairs if "gold" not in expected]
+        for row, expected in pairs:
+            if rng.random() < 0.3:
+                row["id"] = expected["id"] = f"0{rng.randrange(10**9)}"
+        file = store(tmp_path, rng, FORMATS[number % len(FORMATS)], [row for row, _ in pairs])
+        for place, (_, expected) in enumerate(pairs, 1):
+            expected.setdefault("id", f"prompts-{place}")
+        found = load_prompts([str(file)])
+        assert [{k: v for k, v in row.items() if k != "source"} for row in found] == [row for _, row in pairs], file
+        file.unlink()
+
+
+FLAT_SPOILT = [
+    ({"prompt": ""}, "no prompt"),
+    ({"prompt": "[{'role': 'tool', 'content': 'a'}]"}, "field prompt"),
+    ({"harmful": "maybe"}, "field harmful"),
+    ({"harmful": None}, '"harmful": true or false'),
+    ({"harmful": None, "label": "toxic"}, "field label"),
+    ({"harmful": None, "label": "unsafe", "data_type": "vanilla_benign"}, "field label"),
+    ({"harmful": None, "answer": "7"}, "field answer"),
+    ({"harmful": None, "data_type": "vanilla_unharmful"}, '"harmful": true or false'),
+    ({"harmful": "true", "gold": "7"}, "field gold"),
+    ({"harmful": "false", "gold": "nan"}, "field gold"),
+    ({"verdict": "maybe"}, "field verdict"),
+]
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_a_bad_row_is_named_in_every_format(ending, tmp_path):
+    rng = random.Random(ending)
+    times = 1 if ending == ".parquet" else 6  # that one is slow to open
+    for change, words in FLAT_SPOILT * times:
+        rows = [{"prompt": "a", "harmful": rng.choice(["true", "no"])} for _ in range(rng.randint(0, 5))]
+        at = rng.randint(0, len(rows))
+        rows.insert(at, {"prompt": "a", "harmful": "true"} | change)
+        file = store(tmp_path, rng, ending, rows)
+        line = refused(file)
+        assert f"row {at + 1}" in line and words in line, (change, line)
+        file.unlink()
+
+
+DAMAGED = [
+    ("p.csv", "prompt,harmful\na,true\nb, c,true\n", "row 2: more cells"),
+    ("p.csv", 'prompt,harmful\na,true\n"b,true\n', "row 2: no row of a table"),
+    ("p.csv", "prompt,harmful\na,true\nb\n", "row 2: nothing says"),
+    ("p.TSV", "prompt\tharmful\na\ttrue\n\ttrue\n", "row 2: no prompt"),
+    ("p.json", '[{"prompt": "a",\n"harmful": true},\n{"prompt"]', "line 3: not JSON"),
+    ("p.json", '{"prompt": "a", "harmful": true}\n{"prompt": \n', "line 2: not JSON"),
+    ("p.json", '[{"prompt": "a", "harmful": true}, 7]', "row 2: not a JSON object"),
+    ("p.json", '{"a": [{"prompt": "a"}], "b": [{"prompt": "b"}]}', "several lists of rows (a, b)"),
+    ("p.json", '"a"', "str where a list of rows belongs"),
+    ("p.json", "[" * 100_000, "line 1: not JSON"),
+    ("p.json", " \n", "holds no rows"),
+    ("p.json", "[]", "holds no rows"),
+    ("p.ndjson", '{"prompt": "a"', "line 1: not JSON"),
+    ("p.txt", " \n", "holds no rows"),
+    ("p.txt", "a\n", "row 1: nothing says"),
+    ("p.jsonl.gz", '{"prompt": "a", "harmful": true}', "cannot unpack"),
+]
+
+
+@pytest.mark.parametrize("name, text, words", DAMAGED)
+def test_a_damaged_file_is_named_by_its_line(name, text, words, tmp_path):
+    file = tmp_path / name
+    file.write_text(text)
+    assert words in refused(file)
+    if not name.endswith(".gz"):
+        packed = tmp_path / f"{name}.gz"
+        packed.write_bytes(gzip.compress(text.encode()))
+        assert words in refused(packed)
+        packed.write_bytes(gzip.compress(text.encode())[:-9])
+        assert "cannot unpack" in refused(packed)
+        packed.write_bytes(gzip.compress("naïve".encode("latin-1")))
+        assert "is not UTF-8 (byte 2)" in refused(packed)
