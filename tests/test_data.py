@@ -271,6 +271,44 @@ def test_what_looks_like_a_file_never_asks_the_hub(source, words, tmp_path, monk
     assert words.format(tmp_path) in str(stop.value)
 
 
+def test_a_path_without_an_ending_is_a_file_too(monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asks the hub"))
+    for source in ("no/such/file", "./file", "../file", "/file", "~/file"):
+        with pytest.raises(SystemExit, match=f"no prompt file at {source}"):
+            load_prompts([source])
+
+
+def test_json_files_that_are_lists_rows_or_lines(tmp_path):
+    file, row = tmp_path / "p.json", {"prompt": [{"role": "user", "content": HOW}], "harmful": True}
+    for text in (
+        json.dumps([row]),
+        json.dumps({"rows": [row], "names": ["a"], "version": {"a": 1}}, indent=1),
+        json.dumps(row),
+        json.dumps(row) + "\n",
+    ):
+        file.write_text(text)
+        [found] = load_prompts([str(file)])
+        assert found == {"id": "p-1", "prompt": HOW, "harmful": True, "source": "p"}
+    file.write_text((json.dumps(row) + "\n") * 2)
+    assert [found["id"] for found in load_prompts([str(file)])] == ["p-1", "p-2"]
+
+
+def test_a_cell_of_a_table_may_be_long(tmp_path):
+    (tmp_path / "p.csv").write_text(f'prompt,harmful\n"{HOW * 10_000}",true\n')
+    [found] = load_prompts([str(tmp_path / "p.csv")])
+    assert found["prompt"] == HOW * 10_000
+
+
+def test_a_row_without_a_word_among_rows_with_verdicts_is_no_maths(tmp_path):
+    lines = [
+        {"question": HOW, "answer": "take 2 herbs", "label": "unsafe"},
+        {"question": HOW, "answer": "take 2 herbs"},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(SystemExit, match="p.jsonl, row 2, field label: 'None' is none of safe"):
+        load_prompts([str(tmp_path / "p.jsonl")])
+
+
 def test_the_last_part_of_a_hub_dataset_is_its_split(monkeypatch):
     asked = []
 
