@@ -16,7 +16,7 @@ What the paper does not say, and our choice:
     accelerate launch --num_processes 8 01_generate.py …        # each answers and labels its share
     python 01_generate.py --model Qwen/Qwen3-4B@http://host:8000/v1 …    # a running `vllm serve`
 
-in:  --prompts   JSONL, CSV, Parquet or hub dataset with prompt and harmful (README, "Prompt files")
+in:  --prompts   files or hub datasets of prompts that say which are harmful (docs/data.md)
 out: <run>/responses.jsonl   a line per prompt: id, prompt, harmful, samples [{thinking, answer, …}]
      <run>/labels.jsonl      a line per prompt: id, verdicts [{safety, refusal, probability}]
 """

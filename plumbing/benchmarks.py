@@ -137,32 +137,34 @@ BENCHMARKS = {
 def load_benchmark(name: str, path: str, limit: int) -> tuple[list[dict], dict]:
     """(prompt rows, what the recipe says of them) of a benchmark in the table, from the hub or a
     local copy in its public spelling, or of any other prompt file."""
-    known = BENCHMARKS.get(name)
-    if not path and not known.source:
+    benchmark = BENCHMARKS.get(name)
+    if not path and not benchmark.source:
         fail(f"{name} is not on the hub; give its file: --bench {name}=path")
-    source, told = split_source(path or known.source)
-    load = {} if path else known.load
+    source, told = split_source(path or benchmark.source)
+    load = {} if path else benchmark.load
     raw_rows = read_source(source, **load)
     numbers = list(range(1, len(raw_rows) + 1))
-    if known:
-        if told not in (None, known.harmful):
-            fail(f"{path}: the prompts of {name} are {'harmful' if known.harmful else 'benign'}")
-        raw_rows, numbers = public_rows(raw_rows, known, source)
+    if benchmark:
+        if told not in (None, benchmark.harmful):
+            fail(
+                f"{path}: the prompts of {name} are {'harmful' if benchmark.harmful else 'benign'}"
+            )
+        raw_rows, numbers = public_rows(raw_rows, benchmark, source)
     rows = prompt_rows(raw_rows, source, limit, told, numbers)
-    if known and known.instruction:
+    if benchmark and benchmark.instruction:
         for row in rows:
-            row["prompt"] = with_instruction(row["prompt"], known.instruction)
-    text = json.dumps([[row["prompt"], row.get("gold")] for row in rows])
+            row["prompt"] = with_instruction(row["prompt"], benchmark.instruction)
+    text = json.dumps([[row["prompt"], row.get("gold"), row["harmful"]] for row in rows])
     recipe = {
-        "source": path or known.source,
+        "source": path or benchmark.source,
         "rows": len(raw_rows),
         "used": len(rows),
         "prompts": hashlib.sha256(text.encode()).hexdigest()[:16],
     }
-    if known:
-        recipe |= {"rows published": known.count or "unknown", "licence": known.licence}
-        if known.count and len(raw_rows) != known.count:
-            print(f"{name}: {len(raw_rows)} rows in {source}, {known.count} are published")
+    if benchmark:
+        recipe |= {"rows published": benchmark.count or "unknown", "licence": benchmark.licence}
+        if benchmark.count and len(raw_rows) != benchmark.count:
+            print(f"{name}: {len(raw_rows)} rows in {source}, {benchmark.count} are published")
     return rows, recipe
 
 
@@ -186,31 +188,31 @@ def load_benchmarks(benchmarks: dict[str, str], limit: int):
 
 
 def public_rows(
-    raw_rows: list[dict], known: Benchmark, source: str
+    raw_rows: list[dict], benchmark: Benchmark, source: str
 ) -> tuple[list[dict], list[int]]:
     """(the rows of a benchmark in our spelling, their numbers in the file)."""
     rows, numbers = [], []
     for number, raw in enumerate(raw_rows, 1):
-        if is_wanted(raw, known, f"{source}, row {number}"):
-            rows.append(public_row(raw, known, source, number))
+        if is_wanted(raw, benchmark, f"{source}, row {number}"):
+            rows.append(public_row(raw, benchmark, source, number))
             numbers.append(number)
     if not rows:
-        fail(f"{source} holds no rows with {known.where}")
+        fail(f"{source} holds no rows with {benchmark.where}")
     return rows, numbers
 
 
-def is_wanted(raw: dict, known: Benchmark, where: str) -> bool:
+def is_wanted(raw: dict, benchmark: Benchmark, where: str) -> bool:
     """Whether a row is of the part of its file that the benchmark is. A row that does not say it is
     an error: kept, it would count on the wrong side."""
-    if not known.where:
+    if not benchmark.where:
         return True
-    field_name, _, value = known.where.partition("=")
+    field_name, _, value = benchmark.where.partition("=")
     said = raw.get(field_name)
     if is_blank(said) and field_name == "label" and not is_blank(raw.get("type")):
         said = "safe"  # XSTest's own csv says it by the type
         if word_of(raw["type"]).startswith("contrast_"):
             said = "unsafe"
-    if is_blank(said) and not (known.some_unlabelled and field_name in raw):
+    if is_blank(said) and not (benchmark.some_unlabelled and field_name in raw):
         what = "empty or missing, and it says whether the row belongs here"
         fail(f"{where}, field {field_name}: {what}")
     if field_name == "label":
@@ -220,23 +222,27 @@ def is_wanted(raw: dict, known: Benchmark, where: str) -> bool:
     return word_of(said) == value
 
 
-def public_row(raw: dict, known: Benchmark, source: str, number: int = 1) -> dict:
+def public_row(raw: dict, benchmark: Benchmark, source: str, number: int = 1) -> dict:
     """A row of a public benchmark in our spelling; GPQA's become questions with four options, in an
     order drawn from the question, and the right letter as gold answer."""
     where = f"{source}, row {number}"
-    name = known.prompt if known.prompt in raw else prompt_field(raw)
+    name = benchmark.prompt if benchmark.prompt in raw else prompt_field(raw)
     if name is None or not str(raw[name] or "").strip():
-        fail(f"{source} is no copy of that benchmark: row {number} has no field {known.prompt}")
+        fail(f"{source} is no copy of that benchmark: row {number} has no field {benchmark.prompt}")
     prompt = read_prompt(raw, name, where)
     word_field, word = own_word(raw, where)
-    if word not in (None, known.harmful):
+    if word not in (None, benchmark.harmful):
         what = f"row {number} has the {word_field} {shown(raw[word_field])}"
         fail(f"{source} is no copy of that benchmark: {what}")
-    public = {"id": raw.get("id"), "harmful": known.harmful, "category": raw.get(known.category)}
-    if known.gold:
-        gold_field = public_gold_field(raw, known)
+    public = {
+        "id": raw.get("id"),
+        "harmful": benchmark.harmful,
+        "category": raw.get(benchmark.category),
+    }
+    if benchmark.gold:
+        gold_field = public_gold_field(raw, benchmark)
         if not gold_field:
-            what = f"row {number} has no answer (field {known.gold})"
+            what = f"row {number} has no answer (field {benchmark.gold})"
             fail(f"{source} is no copy of that benchmark: {what}")
         public["gold"] = raw[gold_field]
     if "Incorrect Answer 1" in raw:
@@ -245,9 +251,9 @@ def public_row(raw: dict, known: Benchmark, source: str, number: int = 1) -> dic
     return {key: value for key, value in public.items() if not is_blank(value)}
 
 
-def public_gold_field(raw: dict, known: Benchmark) -> str:
+def public_gold_field(raw: dict, benchmark: Benchmark) -> str:
     """The field of the right answer, "" if there is none: the table's, or one of any maths file."""
-    for name in (known.gold, "gold", "answer", "Answer"):
+    for name in (benchmark.gold, "gold", "answer", "Answer"):
         if not is_blank(raw.get(name)):
             return name
     if looks_like_answer(raw.get("label")):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from plumbing.process import fail
+from plumbing.rows import json_lines
 
 WORDS = {"harmful": True, "benign": False}  # what may stand behind a local file
 
@@ -109,22 +110,6 @@ def read_text(path: str) -> str:
         fail(f"cannot read {path}: {error.strerror}")
     except UnicodeDecodeError as error:
         fail(f"{path} is not UTF-8 (byte {error.start})")
-
-
-def json_lines(text: str, path: str) -> list[dict]:
-    """A row a line; anything that is no JSON object is an error with its line."""
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            fail(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)})")
-        if not isinstance(row, dict):
-            fail(f"{path}, line {number}: not a JSON object")
-        rows.append(row)
-    return rows
 
 
 def json_rows(text: str, path: str) -> list[dict]:

@@ -26,6 +26,11 @@ def read_jsonl(path) -> list[dict]:
         fail(f"cannot read {path}: {error.strerror}")
     except UnicodeDecodeError as error:
         fail(f"{path} is not UTF-8 (byte {error.start})")
+    return json_lines(text, path)
+
+
+def json_lines(text: str, path: str) -> list[dict]:
+    """A row a line; anything that is no JSON object is an error with its line."""
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():

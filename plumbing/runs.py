@@ -44,9 +44,11 @@ def record_of(options, free: tuple[str, ...]) -> dict:
         del record[name]
     for value in list(record.values()):
         for item in value if isinstance(value, list) else [value]:
-            path = re.split("[=:]", local_name(str(item)))[-1]
-            if re.search("[/.]", path) and Path(path).exists():
-                record[f"content of {path}"] = fingerprint(path)
+            name = local_name(str(item)).rpartition("=")[2]
+            # style:model and file:harmful have their path behind or before the last colon
+            for path in (name, name.rpartition(":")[0], name.rpartition(":")[2]):
+                if re.search("[/.]", path) and Path(path).exists():
+                    record[f"content of {path}"] = fingerprint(path)
     return record
 
 
