@@ -57,9 +57,12 @@ class Judge:
     `judge(prompt, answer) -> str` writes Qwen3Guard's format. A `refusal_judge` is another one that
     says whether an answer refuses."""
 
+    refusal_judge = None
+
     def __init__(self, name: str, options, refusal_judge: str = ""):
         self.name, self.rule = name, None
-        self.refusal_judge = Judge(refusal_judge, options) if refusal_judge else None
+        if refusal_judge:
+            self.refusal_judge = Judge(refusal_judge, options)
         style, model = judge_style(name)
         self.style = importlib.import_module(f"judges.{style}")
         if model.endswith(".py"):
