@@ -29,11 +29,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import plumbing  # before torch: from here on an interrupt is one line
 import torch
 from accelerate import Accelerator
 
 import engines
-import plumbing
 from common import VERDICT_LINE, Example, TrainingOptions, dry_run, epochs_of, load_tokenizer
 from common import make_example, make_trainer, micro_batches, own_share, pad_batch, prompt_text
 from common import save_checkpoint, show_example
@@ -89,7 +89,7 @@ class Options(TrainingOptions):
     keep_disagreements: bool = False  # also keep critiques whose verdict is not the guard's label
     max_critique_tokens: int = 1024  # longest expert reply, tokens (our choice)
     learning_rate: float = 2e-4  # peak of AdamW (paper)
-    epochs: int = 2  # passes over the critiques (paper)
+    epochs: int = 2  # passes over the critiques; fixed for a run folder (paper)
     batch_size: int = 16  # examples per optimizer step (our choice)
     warmup: float = 0.1  # share of the steps with rising rate, then cosine to 0 (our choice)
     lora_rank: int = 16  # LoRA rank (paper)
@@ -219,10 +219,9 @@ def read_inputs(options: Options) -> tuple[list[dict], list[dict]]:
     plumbing.require_model(options.expert, endpoint=True)
     answered = plumbing.read_stage_01(options.responses)
     selected = select(*answered, options.pairs_per_prompt, options.benign_share)
+    plumbing.require_both_labels(selected, options.responses)
+    plumbing.require_unseen(options.heldout, options.responses)
     heldout = select(*plumbing.read_stage_01(options.heldout)) if options.heldout else []
-    if not selected:
-        what = "has no prompt with safe and unsafe answers and no benign one"
-        fail(f"{options.responses} {what}: nothing to verify")
     test = []
     for row in heldout:
         prompt = verification_prompt(spec, row["request"], row["answer"])

@@ -32,12 +32,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import plumbing  # before torch: from here on an interrupt is one line
 import torch
 from accelerate import Accelerator
 
 import engines
 import judges
-import plumbing
 from common import Example, SamplingOptions, TrainingOptions, dry_run, epochs_of, load_tokenizer
 from common import make_example, make_trainer, micro_batches, own_share, pad_batch, save_checkpoint
 from common import show_example
@@ -81,7 +81,7 @@ class Options(TrainingOptions, SamplingOptions):
     # on benign rows: cross-entropy, or the paper's forward KL to the initial model (+KL)
     benign_loss: Literal["ce", "kl"] = "ce"
     learning_rate: float = 1e-5  # peak of AdamW (paper)
-    epochs: int = 3  # passes over the kept responses (paper)
+    epochs: int = 3  # passes over the kept responses; fixed for a run folder (paper)
     batch_size: int = 8  # examples per optimizer step (paper)
     warmup: float = 0.1  # share of the steps with rising rate, then cosine to 0 (paper)
     lora_rank: int = 32  # LoRA rank (paper)
@@ -266,9 +266,7 @@ def train(options: Options, run: Path, items: list[tuple[Example, str]], tokeniz
 def main():
     options = plumbing.parse_options(Options, __doc__)
     rows = plumbing.load_with_boundary(options.prompts, options.boundary, options.limit)
-    for name in options.steering:
-        if name not in STEERING:
-            fail(f"--steering {name}: the texts are named {', '.join(STEERING)}")
+    plumbing.require_texts(STEERING, options.steering)
     plumbing.require_model(options.model)
     plumbing.require_model(options.generator or options.model, served=True)
     judges.require_guard(options, refusals=not options.faithful)

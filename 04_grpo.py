@@ -41,11 +41,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import plumbing  # before torch: from here on an interrupt is one line
 import torch
 
 import engines
 import judges
-import plumbing
 from common import Example, Trainer, TrainingOptions, dry_run, load_tokenizer, make_trainer
 from common import messages_of, micro_batches, own_share, pad_batch, reference_scorer, render_chat
 from common import save_checkpoint, show_prompt, split_response, training_steps
@@ -66,7 +66,7 @@ class Options(TrainingOptions):
     # V_safe and V_safe (1 - V_refuse), or ThinkSafe's: P(safe) + 1 for a well-formed thinking
     reward: Literal["sinternal", "thinksafe"] = "sinternal"
     controversial_is_safe: bool = False  # in the sinternal reward (sister code: not safe)
-    steps: int = 100  # optimizer batches of `batch_size` prompts
+    steps: int = 100  # batches of `batch_size` prompts; a run goes on with more
     batch_size: int = 64  # prompts per step (paper)
     group_size: int = 8  # G, rollouts per prompt (paper)
     updates_per_batch: int = 1  # mu, optimizer updates on the same rollouts
@@ -393,7 +393,7 @@ def main():
     def rate(step):
         return options.learning_rate * min(1.0, (step + 1) / max(1, options.warmup_steps))
 
-    finished = (run / "checkpoint").exists()
+    finished = plumbing.is_finished(run)
     steps = 0 if finished else options.steps
     for step, batch, metrics in training_steps(run, options, prompts, steps, rate, trainer):
         with plumbing.state_saved_if_it_ends(run, step, trainer):
@@ -422,8 +422,8 @@ def main():
     sampler.close()
     counts = {"prompts": plumbing.counted(sorted(map(plumbing.kind_of, prompts)), False)}
     counts |= plumbing.grpo_history(run, options)
-    models = f"start={options.model} grpo={run}/checkpoint"
-    plumbing.summary(run, "04_grpo", counts, f"python 05_eval.py --models {models}")
+    models = {"models": [f"start={options.model}", f"grpo={run}/checkpoint"]}
+    plumbing.summary(run, "04_grpo", counts, plumbing.next_command(options, "05_eval.py", models))
 
 
 if __name__ == "__main__":

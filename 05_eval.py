@@ -32,7 +32,6 @@ out: <run>/results.json  results.md  results.png  tradeoff.png  categories.png
      <run>/<model>/   every response and verdict
 """
 
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -255,7 +254,7 @@ def answer_all(options: Options, models: dict[str, str], tests: dict, recipes: d
     prompts = {f"benchmark {test}": recipe["prompts"] for test, recipe in recipes.items()}
     first_chat = messages_of(next(iter(tests.values()))[0]["prompt"])
     responses, first_prompts = {}, {}
-    for name, path in models.items():
+    for name, path in plumbing.timed(run, "generation", models.items()):
         content = plumbing.content_of(plumbing.local_name(path))
         plumbing.require_same_inputs(run / name, {"model": f"{path} ({content})", **prompts})
         sampler = engines.open_sampler(path, options)
@@ -278,7 +277,7 @@ def judge_all(options: Options, responses: dict, run: Path) -> dict[tuple[str, s
         "response": lambda s: f"{s['thinking']}\n\n{s['answer']}".strip(),
     }
     judged = {key: {} for key in responses}
-    for judge_name in options.judges:
+    for judge_name in plumbing.timed(run, "judging", options.judges):
         judge = judges.Judge(judge_name, options)
         label = plumbing.file_label(judge_name, judges.content_of(judge_name))
         for (name, test), rows in responses.items():
@@ -303,7 +302,7 @@ def self_checks(options: Options, responses: dict, run: Path) -> dict[tuple[str,
     elif name:
         judge = judges.Judge(name, options)
         label = plumbing.file_label(name, judges.content_of(name))
-    for (model, test), rows in responses.items():
+    for (model, test), rows in plumbing.timed(run, "judging", responses.items()):
         harmful = [row for row in rows if plumbing.kind_of(row) == "harmful"]
         if is_rule:
             for row in harmful:
@@ -361,23 +360,20 @@ def read_inputs(options: Options, models: dict[str, str]):
         fail("nothing to evaluate: give --bench or --verify_test")
     for path in models.values():
         plumbing.require_model(path, served=True)
-    for name in options.judges + [options.self_checker] * bool(options.self_checker):
-        judges.require_judge(name)
-        is_checker = judges.judge_style(name)[0] == "self_check"
-        if not name.endswith(".py") and is_checker != (name == options.self_checker):
-            fail(f"{name}: judges/self_check.py is for --self_checker, and the only one for it")
+    judges.require_judges(options.judges, options.self_checker)
     return tests, recipes, left_out
 
 
 def main():
     options = plumbing.parse_options(Options, __doc__)
     models = plumbing.name_pairs(options.models, "models")
+    plumbing.require_free_names(models)
     tests, recipes, left_out = read_inputs(options, models)
     free = ("models", "bench", "verify_test", "judges", "self_checker")
     if options.dry_run:
         rows = [row for rows in tests.values() for row in rows]
         return dry_run(options, next(iter(models.values())), rows, free)
-    run, began = plumbing.open_run(options, free), time.time()
+    run = plumbing.open_run(options, free)
     responses, first_prompts = answer_all(options, models, tests, recipes, run)
     judged = judge_all(options, responses, run)
     checks = self_checks(options, responses, run)
@@ -389,7 +385,6 @@ def main():
     for name, prompt in first_prompts.items():
         recipe["models"][name]["first prompt"] = prompt
     recipe["judges"] = {judge: judges.content_of(judge) for judge in options.judges}
-    recipe["seconds"] = round(time.time() - began)
     tables = {"rows": results, "categories": categories, "judges": agreements}
     plumbing.write_evaluation(run, {"recipe": recipe, **tables}, options, list(left_out.values()))
     lines = {

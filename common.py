@@ -37,6 +37,8 @@ class StageOptions:
     tensor_parallel: int = 1  # vllm engine: GPUs that share a model that one can't hold
     batch_tokens: int = 32_768  # hf engine: prompt + new tokens in one batch, for the KV cache
     enable_thinking: bool = True  # passed to the chat template; those without the switch ignore it
+    # go on in a run folder although the stage's own file has changed since it was made
+    accept_changes: bool = False
     dry_run: bool = False  # check everything, say what would be done, and do nothing
 
 

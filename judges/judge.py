@@ -30,9 +30,33 @@ def judge_style(name: str) -> tuple[str, str]:
     return (style, model) if style in FILES else ("qwen3guard", name)
 
 
-def require_judge(name: str):
-    """One clear line now rather than a traceback after an hour."""
-    plumbing.require_model(judge_style(name)[1], endpoint=True)
+def require_judge(name: str, function: str = "judge"):
+    """Ends the program if a guard or judge can't work, now rather than after an hour: a rule is
+    imported, a model looked for. A self-checker's `function` is "self_check"."""
+    style, model = judge_style(name)
+    if function == "judge" and style == "self_check":
+        fail(f"{name}: judges/self_check.py is for --self_checker, and the only one for it")
+    if name.endswith(".py"):
+        plumbing.load_rule(model if function == "judge" else name, function)
+        return
+    if function == "self_check" and style != "self_check":
+        fail(f"{name}: judges/self_check.py is for --self_checker, and the only one for it")
+    chat = importlib.import_module(f"judges.{style}").CHAT
+    plumbing.require_model(model, endpoint=True, template=chat)
+
+
+def require_judges(names: list[str], self_checker: str):
+    """The judges of an evaluation, each once, and the self-checker if it has one."""
+    before = {}
+    for name in names:
+        require_judge(name)
+        style, model = judge_style(name)
+        key = (style, Path(model).resolve())
+        if key in before:
+            fail(f"--judges {before[key]} {name}: the same judge twice; name it once")
+        before[key] = name
+    if self_checker:
+        require_judge(self_checker, "self_check")
 
 
 def require_guard(options, refusals: bool = True):

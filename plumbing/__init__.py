@@ -4,20 +4,29 @@ names.
 Imports nothing of the house; everything else may import it. `import plumbing` has what stages
 use."""
 
+import sys
+
+from plumbing.process import fail, gather_all, processes, run_stage, stop_on_interrupt
+
+if (sys.modules["__main__"].__doc__ or "").startswith("Stage"):  # what follows takes seconds
+    stop_on_interrupt()
+
 from plumbing.benchmarks import BENCHMARKS, load_benchmark, load_benchmarks
+from plumbing.checks import require_both_labels, require_free_names, require_texts
+from plumbing.checks import require_unseen
 from plumbing.figures import write_evaluation
 from plumbing.loading import load_whole
+from plumbing.models import require_model
 from plumbing.names import content_of, file_label, fingerprint, is_endpoint, load_rule, local_name
-from plumbing.names import model_config, name_pairs, require_model
+from plumbing.names import model_config, name_pairs
 from plumbing.options import ALL_LINEAR, PRESETS, parse_options
-from plumbing.process import fail, gather_all, processes, run_stage
 from plumbing.progress import grpo_history, log_check, log_grpo_step, open_accelerator
 from plumbing.progress import require_trackers
 from plumbing.prompts import KINDS, fill, kind_of, mixture
 from plumbing.prompts import load_held_out, load_with_boundary
 from plumbing.prompts import load_prompts, prompt_rows, read_source, read_template
 from plumbing.proof import Proof, holds, say_slower
-from plumbing.recipe import evaluation_recipe, require_same_inputs
+from plumbing.recipe import evaluation_recipe, require_same_inputs, timed
 from plumbing.rows import (
     append_jsonl,
     cut_line,
@@ -28,9 +37,9 @@ from plumbing.rows import (
     reopen_jsonl,
 )
 from plumbing.rows import write_atomic, write_jsonl
-from plumbing.runs import KIND, counted, options_of, read_stage_01
+from plumbing.runs import KIND, counted, is_finished, options_of, read_stage_01
 from plumbing.runs import gather, load_state, open_run, save_state, show_plan
 from plumbing.runs import state_saved_if_it_ends, summary
 from plumbing.statistics import bootstrap, wilson
-from plumbing.summaries import summarise_01, summarise_02, summarise_03
+from plumbing.summaries import next_command, summarise_01, summarise_02, summarise_03
 from plumbing.tokens import CLOSE, OPEN, THINKING, apply_template, encode_plain, end_token

@@ -27,38 +27,18 @@ def model_config(name: str):
     return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
-def require_model(name: str, endpoint: bool = False, served: bool = False):
-    """One clear line now rather than a traceback after an hour: is there a model of this name?
-    Guards, judges and experts may be endpoints; a model that answers may be `served`, but its
-    tokenizer is read here."""
-    if is_endpoint(name):
-        if not (endpoint or served):
-            trained = "what is trained here is a model folder or a Hugging Face id"
-            fail(f"{name} is an endpoint; {trained}")
-        if importlib.util.find_spec("openai") is None:
-            fail(f"{name} needs the package openai: pip install openai")
-        if endpoint:
-            return
-        name = local_name(name)
-    if name.endswith(".py"):
-        if not Path(name).exists():
-            fail(f"no Python file at {name}")
-        return
-    try:
-        model_config(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        fail(f"no model '{name}': not a folder with a config.json, and the hub says: {reason}")
-
-
 def load_rule(path: str, function: str):
-    """`function` of a Python file named on the command line."""
-    if not Path(path).exists():
+    """`function` of a Python file named on the command line. The file is a user's own code: what
+    it does wrong when it is imported is said in one line."""
+    if not Path(path).is_file():
         fail(f"no Python file at {path}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, function):
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        fail(f"{path} can't be imported: {type(error).__name__}: {error}")
+    if not callable(getattr(module, function, None)):
         fail(f"{path} defines no function {function}(…)")
     return getattr(module, function)
 

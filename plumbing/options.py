@@ -167,6 +167,26 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     pass
 
 
+def short(value) -> str:
+    """A default as a paper writes it.
+
+    >>> short(2e-4), short(0.05), short(["q_proj", "v_proj"])
+    ('2e-4', '0.05', 'q_proj v_proj')
+    """
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    if isinstance(value, float) and 0 < value < 0.01:
+        digits, _, power = f"{value:e}".partition("e")
+        return f"{float(digits):g}e{int(power)}"
+    return str(value)
+
+
+def preset_row(preset: str, stage: str) -> dict:
+    """What a preset says to the stage of that number."""
+    row = {**PRESETS[preset], "preset": preset}
+    return row | PRESETS[preset].get(stage, {})
+
+
 def parse_options(cls, description: str, bounds: dict[str, tuple[float, float]] | None = None):
     """An instance of the dataclass `cls` from the command line. `description`, a stage's docstring,
     is the head of its help and says by "Stage 04" which inner row of a preset is its own. `bounds`
@@ -177,8 +197,7 @@ def parse_options(cls, description: str, bounds: dict[str, tuple[float, float]] 
     if preset not in PRESETS:
         fail(f"unknown preset '{preset}'; there are: {', '.join(PRESETS)}")
     stage = re.match(r"Stage (\d\d)", description)
-    row = {**PRESETS[preset], "preset": preset}
-    row |= PRESETS[preset].get(stage[1], {}) if stage else {}
+    row = preset_row(preset, stage[1] if stage else "")
 
     parser = argparse.ArgumentParser(
         description=description, formatter_class=HelpFormatter, allow_abbrev=False
@@ -187,7 +206,11 @@ def parse_options(cls, description: str, bounds: dict[str, tuple[float, float]] 
     texts = help_texts(cls)
     for field in fields(cls):
         default = field.default if field.default is not MISSING else field.default_factory()
-        add_option(parser, field, row.get(field.name, default), texts[field.name])
+        shown = row.get(field.name, default)
+        text = texts[field.name]
+        if shown != default:
+            text = text.replace("(paper)", f"(paper: {short(default)})")
+        add_option(parser, field, shown, text)
     values, unknown = parser.parse_known_args()
     if unknown:
         fail(f"there is no option {unknown[0]} (--help lists them)")
@@ -204,7 +227,9 @@ def check_bounds(cls, values: dict, bounds: dict[str, tuple[float, float]]):
         least, most = bounds[field.name]
         if field.name == "top_p" and not 0 < value <= 1:
             fail(f"--top_p {value}: it must be above 0 and at most 1")
-        if not value >= least or not math.isfinite(value):
+        if not math.isfinite(value):
+            fail(f"--{field.name} {value}: that is no number to work with")
+        if value < least:
             fail(f"--{field.name} {value}: it must be at least {least}")
         if value > most:
             fail(f"--{field.name} {value}: it must be at most {most}")

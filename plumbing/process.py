@@ -33,10 +33,14 @@ def stop(*_):
     os._exit(130)  # at once, where leaving in order waits for requests under way
 
 
+def stop_on_interrupt():
+    signal.signal(signal.SIGINT, stop)
+
+
 def run_stage(main):
     """A stage as a command: an interrupt, a full disk or a folder that can't be written end it with
     one line."""
-    signal.signal(signal.SIGINT, stop)
+    stop_on_interrupt()
     try:
         main()
     except Exception as error:

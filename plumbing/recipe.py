@@ -2,9 +2,10 @@
 
 import json
 import platform
-import subprocess
+import time
 from pathlib import Path
 
+from plumbing.code import commit
 from plumbing.names import content_of, local_name
 from plumbing.process import fail
 from plumbing.rows import write_atomic
@@ -26,10 +27,22 @@ def require_same_inputs(folder: Path, inputs: dict[str, str]):
     write_atomic(file, json.dumps(before | inputs, indent=1))
 
 
-def code_version() -> str:
-    """The commit of this checkout, short."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+def timed(run: Path, name: str, items):
+    """Yields the items; the seconds that each of them takes are added up in <run>/seconds.json,
+    over all calls of the same command."""
+    for item in items:
+        began = time.time()
+        try:
+            yield item
+        finally:
+            seconds = seconds_of(run)
+            seconds[name] = round(seconds.get(name, 0) + time.time() - began, 1)
+            write_atomic(run / "seconds.json", json.dumps(seconds))
+
+
+def seconds_of(run: Path) -> dict[str, float]:
+    file = run / "seconds.json"
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def evaluation_recipe(options, models: dict, benchmarks: dict, responses: dict, run: Path) -> dict:
@@ -39,9 +52,7 @@ def evaluation_recipe(options, models: dict, benchmarks: dict, responses: dict, 
     recipe = {"models": {}, "benchmarks": benchmarks, "judges": {}, "guards in training": set()}
     for name, path in models.items():
         folder = Path(local_name(path)).parent
-        made_by = None  # the options of the stage that trained it, if it lies in a run folder
-        if (folder / "options.json").exists():
-            made_by = options_of(folder)
+        made_by = options_of(folder)  # of the stage that trained it, if it lies in a run folder
         content = content_of(local_name(path))
         recipe["models"][name] = {"path": path, "content": content, "made by": made_by}
         if made_by and "guard" in made_by:
@@ -58,9 +69,10 @@ def evaluation_recipe(options, models: dict, benchmarks: dict, responses: dict, 
         "responses per prompt": options.n,
         "enable_thinking": options.enable_thinking,
         "versions": json.loads((run / "options.json").read_text())["versions"],
-        "code": code_version(),
+        "code": commit(),
         "hardware": f"{hardware}, {torch.get_num_threads()} threads",
         "prompt tokens": sum(row["prompt_tokens"] for row in rows),
         "response tokens": sum(s["tokens"] for row in rows for s in row["samples"]),
+        "seconds": seconds_of(run),
     }
     return recipe

@@ -8,18 +8,28 @@ import os
 import re
 import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from plumbing import process
-from plumbing.names import fingerprint, local_name
+from plumbing.code import ROOMS, code_of, stage_number
+from plumbing.models import require_weights
+from plumbing.names import fingerprint, is_endpoint, local_name
 from plumbing.process import fail
 from plumbing.rows import read_jsonl, write_atomic
 
 KIND = {True: "harmful", False: "benign"}
+NOT_RECORDED = ("run", "dry_run", "accept_changes")
+# Options that may be larger than in the run so far, because no step depends on them, and one that
+# many would like to
+GROWS = ("steps",)
+WHY_NOT = {
+    "steps": "; it may only grow",
+    "epochs": "; it can't grow, the learning rate of every step depends on it",
+}
 
 
 @cache
@@ -37,10 +47,22 @@ def lock(run: Path):
     return file
 
 
+def place_of(item: str) -> str:
+    """The file or folder in a value of an option: `name=folder`, `style:folder`, `folder@URL`."""
+    return re.split("[=:]", local_name(item))[-1]
+
+
+def values_of(options) -> list[str]:
+    values = []
+    for value in vars(options).values():
+        values += value if isinstance(value, list) else [value]
+    return [str(value) for value in values]
+
+
 def record_of(options, free: tuple[str, ...]) -> dict:
     """What must not change in a run folder: the options, and the content of the files they name."""
     record = dataclasses.asdict(options)
-    for name in ("run", "dry_run", *free):
+    for name in (*NOT_RECORDED, *free):
         del record[name]
     for value in list(record.values()):
         for item in value if isinstance(value, list) else [value]:
@@ -52,13 +74,73 @@ def record_of(options, free: tuple[str, ...]) -> dict:
     return record
 
 
-def require_same_options(run: Path, record: dict):
+def read_run(run) -> dict:
+    """What options.json of a run folder holds."""
+    file = Path(run) / "options.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content["options"], dict):
+            return content
+        what = "its options are no object"
+    except KeyError:
+        what = "it holds no options"
+    except (ValueError, TypeError, RecursionError) as error:
+        what = f"not JSON ({getattr(error, 'msg', error)})"
+    fail(f"{file} is damaged: {what}; remove that run folder, or choose another --run")
+
+
+def options_of(run) -> dict | None:
+    """The options that a folder was made with, None if it is no run folder."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return json.loads((Path(run) / "options.json").read_text(encoding="utf-8"))["options"]
+
+
+def require_folder(options, record: dict, code: dict) -> dict | None:
+    """What options.json of the run folder holds, None if the folder is new. Ends the program where
+    --run is no place for this stage, these options and this code."""
+    run = Path(options.run)
+    if not options.run.strip():
+        fail("--run is empty; name a folder")
+    for place in (run, *run.parents):
+        if os.path.lexists(place) and not place.is_dir():
+            fail(f"--run {run}: {place} is a file; name a folder")
+    if not run.exists():
+        return None
+    if not (run / "options.json").exists():
+        own = ("lock", "options.json.tmp")  # left by a kill at the very beginning
+        foreign = sorted(p.name for p in run.iterdir() if p.name not in own)
+        if foreign:
+            what = f"it holds {foreign[0]} and no options.json"
+            fail(f"--run {run} is no run folder: {what}; name a new or empty one")
+        return None
+    before = read_run(run)
+    require_same_stage(run, before, stage_number(options))
+    require_same_options(run, before["options"], record)
+    stage = before.get("code", code)["stage"]
+    if stage != code["stage"] and not options.accept_changes:
+        what = "--accept_changes goes on with the code as it is now, or choose another --run"
+        fail(f"{code['file']} has changed since {run} was made: {what}")
+    return before
+
+
+def require_same_stage(run: Path, before: dict, now: str | None):
+    """Ends the program if another stage made the folder; older folders tell by their options."""
+    options = before["options"]
+    signs = {"expert": "02", "steering": "03", "group_size": "04", "guard": "01", "n": "05"}
+    by_options = next((stage for sign, stage in signs.items() if sign in options), None)
+    stage = before.get("stage") or by_options
+    if stage and now and stage != now:
+        fail(f"{run} was made by stage {stage}, and this is stage {now}: choose another --run")
+
+
+def require_same_options(run: Path, before: dict, record: dict):
     """Ends the program if the folder was made with other options or inputs, and names them."""
-    before = options_of(run)
     changes = []
     for name in before | record:
-        if before.get(name) != record.get(name):
-            changes.append(f"{name} ({before.get(name)} there, {record.get(name)} now)")
+        old, new = before.get(name), record.get(name)
+        grows = name in GROWS and old and new and new > old
+        if old != new and not grows:
+            changes.append(f"{name} ({old} there, {new} now{WHY_NOT.get(name, '')})")
     if changes:
         what = f"{run} was made with other options: {'; '.join(changes)}"
         fail(f"{what}. Repeat them, or choose another --run")
@@ -78,52 +160,73 @@ def require_engine(options):
 
 
 def open_run(options, free: tuple[str, ...] = ()) -> Path:
-    """The run folder, made or reopened; reopening it with other options or changed inputs is an
-    error that names them. Options in `free` may change from call to call."""
+    """The run folder, made or reopened; reopening it with other options, changed inputs or another
+    stage's code is an error that names them. Options in `free` may change from call to call."""
     require_engine(options)
     here, run = process.processes(), Path(options.run)
     if here.process_index > 0:  # the first process checks, writes and speaks for all
         here.wait_for_everyone()
         sys.stdout = open(os.devnull, "w")
         return run
-    record = record_of(options, free)
+    record, code = record_of(options, free), code_of(options)
+    require_folder(options, record, code)
+    for item in values_of(options):
+        if not is_endpoint(item) and (Path(place_of(item)) / "config.json").is_file():
+            require_weights(place_of(item))
     run.mkdir(parents=True, exist_ok=True)
     lock(run)
-    if (run / "options.json").exists():
-        require_same_options(run, record)
+    before = require_folder(options, record, code)
+    if before:
+        go_on(run, before, record, code)
     else:
         versions = {"python": sys.version.split()[0]}
         packages = ["torch", "transformers", "accelerate"]
         packages += ["vllm"] if options.engine == "vllm" else []
         for package in packages:
             versions[package] = importlib.import_module(package).__version__
-        text = json.dumps({"options": record, "versions": versions}, indent=1)
-        write_atomic(run / "options.json", text)
+        new = {"stage": stage_number(options), "options": record}
+        new |= {"versions": versions, "code": code}
+        write_atomic(run / "options.json", json.dumps(new, indent=1))
     here.wait_for_everyone()
     return run
+
+
+def go_on(run: Path, before: dict, record: dict, code: dict):
+    """Keeps what has changed since the folder was made: code, and options that have grown."""
+    after = dict(before)
+    earlier = before.get("code", code)
+    changed = [room for room in ("stage", *ROOMS) if earlier.get(room) != code[room]]
+    if changed:
+        names = [code["file"] if name == "stage" else name for name in changed]
+        print(f"changed since {run} was made, and now at work: {', '.join(names)}")
+        after |= {"code": code, "earlier code": [*before.get("earlier code", []), earlier]}
+    if record != before["options"]:
+        if (run / "checkpoint").exists():  # which the larger run replaces at its end
+            (run / "outgrown").touch()
+        after["options"] = record
+    if after != before:
+        write_atomic(run / "options.json", json.dumps(after, indent=1))
+
+
+def is_finished(run: Path) -> bool:
+    """Whether checkpoint/ is that of the whole run, not of the smaller one that it was."""
+    return (run / "checkpoint").exists() and not (run / "outgrown").exists()
 
 
 def show_plan(options, rows: list[dict], free: tuple[str, ...] = ()):
     """What --dry_run says of options, run folder and rows; a folder that would be refused is
     refused here too."""
     require_engine(options)
-    run = Path(options.run)
     folder = "to be made"
-    if (run / "options.json").exists():
-        require_same_options(run, record_of(options, free))
+    if require_folder(options, record_of(options, free), code_of(options)):
         folder = "there, made with these options: the run would go on"
     print("dry run: nothing is loaded, computed or written")
     for name, value in vars(options).items():
         print(f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
     kinds = Counter(row.get("kind") or KIND[row["harmful"]] for row in rows)
-    print(f"\nrun folder: {run}, {folder}")
+    print(f"\nrun folder: {options.run}, {folder}")
     print(f"rows: {', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))}")
     print("hours and memory, by formulas: python bench/plan.py, then the same command line")
-
-
-def options_of(run) -> dict:
-    """The options that a run folder was made with."""
-    return json.loads((Path(run) / "options.json").read_text())["options"]
 
 
 def read_stage_01(folder: str) -> tuple[list[dict], dict[str, list[dict]]]:
@@ -156,6 +259,7 @@ def summary(run: Path, stage: str, lines: dict, next_command: str):
     body = [f"  {name:<{width}}  {value}" for name, value in lines.items()]
     text = "\n".join([stage, *body, f"next: {next_command}"])
     write_atomic(run / "summary.txt", text + "\n")
+    (run / "outgrown").unlink(missing_ok=True)  # a checkpoint that was, is replaced
     print(f"\n{text}")
 
 

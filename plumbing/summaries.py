@@ -1,16 +1,37 @@
 """The last words of stages 01 to 03: rows in, kept, dropped and why, where the results are."""
 
 import json
+import shlex
 from collections import Counter
 from pathlib import Path
 
 from plumbing.names import local_name
+from plumbing.options import preset_row
 from plumbing.rows import cut_line, read_jsonl
 from plumbing.runs import KIND, counted, options_of, summary
 
 
+ENGINE = ("engine", "tensor_parallel", "enable_thinking")
+DEFAULTS = {"preset": "tiny", "engine": "hf", "tensor_parallel": 1, "enable_thinking": True}
+
+
 def in_order(names) -> str:
     return counted(sorted(names), most_common=False)
+
+
+def next_command(options, stage: str, more: dict) -> str:
+    """The command line of another stage that goes on with this run: its preset and engine, and
+    `more` options, each where it is not what the preset has anyway."""
+    shown = {name: getattr(options, name) for name in ("preset", *ENGINE)} | more
+    row = {**DEFAULTS, **preset_row(options.preset, stage[:2])}
+    if stage == "05_eval.py" and "bench" not in row:
+        shown["bench"] = ["xstest", "fortress", "math500"]  # of both kinds, and not gated
+    words = ["python", stage]
+    for name, value in shown.items():
+        if value != row.get(name):
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *map(str, values)]
+    return shlex.join(words)
 
 
 def losses_of(run: Path) -> str:
@@ -44,11 +65,12 @@ def summarise_01(run: Path, options, rows: list[dict], verdicts: dict[str, list[
         "tokens": f"{tokens:.0f} a response on average",
         "written": f"{run}/responses.jsonl, {run}/labels.jsonl",
     }
-    summary(run, "01_generate", lines, f"python 02_verify_sft.py --responses {run}")
+    more = {"responses": run, "model": local_name(options.model)}
+    summary(run, "01_generate", lines, next_command(options, "02_verify_sft.py", more))
 
 
 def summarise_02(run: Path, options, replies, kept, dropped, test):
-    author = local_name(options_of(options.responses)["model"])
+    author = local_name((options_of(options.responses) or {}).get("model", "an unknown model"))
     tokens_read = sum(row["prompt_tokens"] for row in replies)
     tokens_written = sum(row["tokens"] for row in replies)
     lines = {
@@ -60,8 +82,8 @@ def summarise_02(run: Path, options, replies, kept, dropped, test):
         "test set": f"{len(test)} answers, {run}/verify_test.jsonl" if test else "none (--heldout)",
         "checkpoint": f"{run}/checkpoint",
     }
-    models = f"base={options.model} sinternal={run}/checkpoint"
-    summary(run, "02_verify_sft", lines, f"python 05_eval.py --models {models}")
+    models = [f"base={options.model}", f"sinternal={run}/checkpoint"]
+    summary(run, "02_verify_sft", lines, next_command(options, "05_eval.py", {"models": models}))
 
 
 def summarise_03(run: Path, options, rows, kept, dropped, lost):
@@ -87,5 +109,5 @@ def summarise_03(run: Path, options, rows, kept, dropped, lost):
         "shift": f"KL of the trained model to the initial one {divergence}",
         "checkpoint": f"{run}/checkpoint",
     }
-    models = f"base={options.model} thinksafe={run}/checkpoint"
-    summary(run, "03_steer_selfgen", lines, f"python 05_eval.py --models {models}")
+    models = [f"base={options.model}", f"thinksafe={run}/checkpoint"]
+    summary(run, "03_steer_selfgen", lines, next_command(options, "05_eval.py", {"models": models}))

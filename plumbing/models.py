@@ -1,0 +1,136 @@
+"""Is there a model of this name? Said in one line before anything is loaded, computed or
+written."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+from plumbing.names import is_endpoint, local_name, model_config
+from plumbing.process import fail
+
+# How files end that are taken for a model by mistake, or hold weights of another kind
+FOREIGN_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+FILES = (*FOREIGN_WEIGHTS, ".safetensors", ".json", ".jsonl", ".txt", ".zip", ".gz", ".tar")
+HUB_SECONDS = 5  # the longest wait for the hub's first word
+
+
+def require_model(name: str, endpoint: bool = False, served: bool = False, template: bool = True):
+    """Ends the program if there is no model of this name, or not one that a stage can work with.
+    Guards, judges and experts may be endpoints; a model that answers may be `served`, but its
+    tokenizer is read here. One that is not asked through its chat template needs no `template`."""
+    if is_endpoint(name):
+        if not (endpoint or served):
+            trained = "what is trained here is a model folder or a Hugging Face id"
+            fail(f"{name} is an endpoint; {trained}")
+        if importlib.util.find_spec("openai") is None:
+            fail(f"{name} needs the package openai: pip install openai")
+        if endpoint:
+            return
+        name = local_name(name)
+    if name.endswith(".py"):
+        fail(f"{name} is a rule: only guards, judges and self-checkers may be one; name a model")
+    if not name:
+        fail("the name of a model is empty; name a folder or a Hugging Face id")
+    if Path(name).is_dir():
+        require_model_folder(name, template)
+        return
+    if Path(name).exists():
+        fail(f"no model '{name}': that is a file; name the folder with its config.json")
+    if is_path(name):
+        hint = ": python smollm2/fetch.py makes it" if name.startswith("smollm2/model") else ""
+        fail(f"no model '{name}': no folder at {name}{hint}")
+    require_hub_model(name)
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can only be meant as a place on this machine.
+
+    >>> [is_path(name) for name in ("./nope", "/nope", "runs/nope", "a/b/c", "model.bin")]
+    [True, True, True, True, True]
+    >>> is_path("Qwen/Qwen3-0.6B"), is_path("gpt2")
+    (False, False)
+    """
+    if name.startswith((".", "/", "~", "runs/", "tiny/", "smollm2/")):
+        return True
+    if name.count("/") > 1 or name.endswith(FILES):
+        return True
+    first, slash, _ = name.partition("/")
+    return bool(slash) and Path(first).is_dir()
+
+
+def require_model_folder(name: str, template: bool):
+    """A folder needs a config, a tokenizer and, where the model is asked through it, a chat
+    template. Its weights are looked at when the run folder is opened: a dry run needs none."""
+    if not (Path(name) / "config.json").is_file():
+        fail(f"no model '{name}': the folder has no config.json")
+    try:
+        model_config(name)
+    except Exception as error:  # transformers raises many kinds
+        fail(f"cannot read {name}/config.json: {one_line(error)}")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        fail(f"cannot load the tokenizer of {name}: {one_line(error)}")
+    if template and not tokenizer.chat_template:
+        fail(f"{name} has no chat template; take an instruct model, or add a chat_template.jinja")
+
+
+def require_hub_model(name: str):
+    """One question to the hub, so that a hub out of reach is said within seconds: transformers
+    would ask again and again. What lies in the cache needs no hub."""
+    import huggingface_hub
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    if not huggingface_hub.constants.HF_HUB_OFFLINE:
+        try:
+            HfApi().model_info(name, timeout=HUB_SECONDS)
+        except RepositoryNotFoundError:
+            what = "no folder here, and the hub has none of this name that you may read"
+            fail(f"no model '{name}': {what}")
+        except (HfHubHTTPError, ValueError):  # said better by what follows
+            pass
+        except Exception as error:  # of the network
+            if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+                what = f"no folder here, and the hub is out of reach: {one_line(error)}"
+                fail(f"no model '{name}': {what}")
+            huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        model_config(name)
+    except (OSError, ValueError) as error:
+        fail(f"no model '{name}': no folder here, and the hub says: {one_line(error)}")
+
+
+def one_line(error: BaseException) -> str:
+    """The first line with words of an error that may have many, after its kind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {(lines or ['no reason given'])[0][:200]}"
+
+
+def require_weights(name: str):
+    """Ends the program if a model folder has no weights, or a file of them is not whole."""
+    folder, index = Path(name), Path(name) / "model.safetensors.index.json"
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        others = sorted(p.name for p in folder.iterdir() if p.name.endswith(FOREIGN_WEIGHTS))
+        if others:
+            fail(f"{name} has {others[0]}, but weights are read from *.safetensors only: convert")
+        fail(f"{name} has no weights: no *.safetensors beside its config.json")
+    if index.exists() and not (folder / "model.safetensors").exists():
+        try:
+            parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, LookupError, TypeError, AttributeError):
+            fail(f"{index} is damaged: it lists no weight_map")
+        for part in sorted(parts):
+            if not (folder / part).is_file():
+                fail(f"{name} lacks {part}, which {index.name} lists")
+    from safetensors import safe_open
+
+    for file in files:
+        try:
+            with safe_open(file, "pt"):  # reads the list of tensors and compares the size
+                pass
+        except Exception as error:
+            fail(f"{file} is no whole safetensors file: {one_line(error)}; copy it again")
