@@ -11,7 +11,7 @@ from plumbing.process import fail
 # How files end that are taken for a model by mistake, or hold weights of another kind
 FOREIGN_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 FILES = (*FOREIGN_WEIGHTS, ".safetensors", ".json", ".jsonl", ".txt", ".zip", ".gz", ".tar")
-HUB_SECONDS = 5  # the longest wait for the hub's first word
+HUB_SECONDS = 3  # the longest wait for the hub's first word, of two tries
 
 
 def require_model(name: str, endpoint: bool = False, served: bool = False, template: bool = True):
@@ -73,6 +73,8 @@ def require_model_folder(name: str, template: bool):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         fail(f"cannot load the tokenizer of {name}: {one_line(error)}")
+    if len(tokenizer) <= len(tokenizer.get_added_vocab()):  # transformers made an empty one
+        fail(f"cannot load the tokenizer of {name}: its files, such as tokenizer.json, are missing")
     if template and not tokenizer.chat_template:
         fail(f"{name} has no chat template; take an instruct model, or add a chat_template.jinja")
 

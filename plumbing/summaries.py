@@ -23,7 +23,7 @@ def next_command(options, stage: str, more: dict) -> str:
     """The command line of another stage that goes on with this run: its preset and engine, and
     `more` options, each where it is not what the preset has anyway."""
     shown = {name: getattr(options, name) for name in ("preset", *ENGINE)} | more
-    row = {**DEFAULTS, **preset_row(options.preset, stage[:2])}
+    row = {**preset_row(options.preset, stage[:2]), **DEFAULTS}
     if stage == "05_eval.py" and "bench" not in row:
         shown["bench"] = ["xstest", "fortress", "math500"]  # of both kinds, and not gated
     words = ["python", stage]
