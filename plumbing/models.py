@@ -3,6 +3,7 @@ written."""
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 from plumbing.names import is_endpoint, local_name, model_config
@@ -31,10 +32,10 @@ def require_model(name: str, endpoint: bool = False, served: bool = False, templ
         fail(f"{name} is a rule: only guards, judges and self-checkers may be one; name a model")
     if not name:
         fail("the name of a model is empty; name a folder or a Hugging Face id")
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         require_model_folder(name, template)
         return
-    if Path(name).exists():
+    if os.path.exists(name):
         fail(f"no model '{name}': that is a file; name the folder with its config.json")
     if is_path(name):
         hint = ": python smollm2/fetch.py makes it" if name.startswith("smollm2/model") else ""
@@ -55,7 +56,7 @@ def is_path(name: str) -> bool:
     if name.count("/") > 1 or name.endswith(FILES):
         return True
     first, slash, _ = name.partition("/")
-    return bool(slash) and Path(first).is_dir()
+    return bool(slash) and os.path.isdir(first)
 
 
 def require_model_folder(name: str, template: bool):
@@ -120,7 +121,10 @@ def require_weights(name: str):
         if others:
             fail(f"{name} has {others[0]}, but weights are read from *.safetensors only: convert")
         fail(f"{name} has no weights: no *.safetensors beside its config.json")
-    if index.exists() and not (folder / "model.safetensors").exists():
+    whole = (folder / "model.safetensors").exists()
+    if not whole and not index.exists():
+        fail(f"{name} has {files[0].name}, but neither model.safetensors nor {index.name}")
+    if not whole:
         try:
             parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, LookupError, TypeError, AttributeError):

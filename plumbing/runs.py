@@ -22,6 +22,7 @@ from plumbing.process import fail
 from plumbing.rows import read_jsonl, write_atomic
 
 KIND = {True: "harmful", False: "benign"}
+BEGINNING = ("lock", "options.json.tmp")  # what a kill at the very beginning leaves in a run folder
 NOT_RECORDED = ("run", "dry_run", "accept_changes")
 # Options that may be larger than in the run so far, because no step depends on them, and one that
 # many would like to
@@ -48,8 +49,13 @@ def lock(run: Path):
 
 
 def place_of(item: str) -> str:
-    """The file or folder in a value of an option: `name=folder`, `style:folder`, `folder@URL`."""
-    return re.split("[=:]", local_name(item))[-1]
+    """The file or folder in a value of an option: `name=folder`, `style:folder`, `file:harmful`,
+    `folder@URL`."""
+    name = local_name(item).rpartition("=")[2]
+    for path in (name, name.rpartition(":")[0]):
+        if os.path.exists(path):
+            return path
+    return name.rpartition(":")[2]
 
 
 def values_of(options) -> list[str]:
@@ -66,11 +72,9 @@ def record_of(options, free: tuple[str, ...]) -> dict:
         del record[name]
     for value in list(record.values()):
         for item in value if isinstance(value, list) else [value]:
-            name = local_name(str(item)).rpartition("=")[2]
-            # style:model and file:harmful have their path behind or before the last colon
-            for path in (name, name.rpartition(":")[0], name.rpartition(":")[2]):
-                if re.search("[/.]", path) and Path(path).exists():
-                    record[f"content of {path}"] = fingerprint(path)
+            path = place_of(str(item))
+            if re.search("[/.]", path) and os.path.exists(path):
+                record[f"content of {path}"] = fingerprint(path)
     return record
 
 
@@ -107,8 +111,7 @@ def require_folder(options, record: dict, code: dict) -> dict | None:
     if not run.exists():
         return None
     if not (run / "options.json").exists():
-        own = ("lock", "options.json.tmp")  # left by a kill at the very beginning
-        foreign = sorted(p.name for p in run.iterdir() if p.name not in own)
+        foreign = sorted(p.name for p in run.iterdir() if p.name not in BEGINNING)
         if foreign:
             what = f"it holds {foreign[0]} and no options.json"
             fail(f"--run {run} is no run folder: {what}; name a new or empty one")
@@ -171,8 +174,9 @@ def open_run(options, free: tuple[str, ...] = ()) -> Path:
     record, code = record_of(options, free), code_of(options)
     require_folder(options, record, code)
     for item in values_of(options):
-        if not is_endpoint(item) and (Path(place_of(item)) / "config.json").is_file():
-            require_weights(place_of(item))
+        place = place_of(item)
+        if place and not is_endpoint(item) and os.path.isfile(f"{place}/config.json"):
+            require_weights(place)
     run.mkdir(parents=True, exist_ok=True)
     lock(run)
     before = require_folder(options, record, code)

@@ -212,15 +212,18 @@ def stage_02(run, source, expert, ok=True) -> str:
 def test_stage_02_ends_when_the_endpoint_fails_and_goes_on_when_it_is_back(tmp_path):
     source, run = tmp_path / "01", tmp_path / "02"
     source.mkdir()
-    append_jsonl(source / "responses.jsonl", [{**r, "harmful": False, "samples": [{"answer": "yes"}]} for r in ROWS])
-    append_jsonl(source / "labels.jsonl", [{"id": r["id"], "verdicts": [{"safety": "safe"}]} for r in ROWS])
+    samples, verdicts = [{"answer": "yes"}, {"answer": "no"}], [{"safety": "safe"}, {"safety": "unsafe"}]
+    # two answers of the harmful one are verified, and the expert calls both safe
+    answered = [{**r, "harmful": r["id"] == "good", "samples": samples} for r in ROWS]
+    append_jsonl(source / "responses.jsonl", answered)
+    append_jsonl(source / "labels.jsonl", [{"id": r["id"], "verdicts": verdicts} for r in ROWS])
     (source / "options.json").write_text(json.dumps({"options": {"model": "tiny/lrm"}}))
     with serving(always({"error": {"message": "no memory"}}, 500)) as server:
         assert "Error code: 500 - no memory" in stage_02(run, source, server.name, ok=False)
-        assert len(reopen_jsonl(run / "critiques.jsonl")) == 2 and not (run / "train.jsonl").exists()
+        assert len(reopen_jsonl(run / "critiques.jsonl")) == 3 and not (run / "train.jsonl").exists()
         server.bad = always(completion(1))
         stage_02(run, source, server.name)
-    assert sorted(server.asked.values()) == [1, 1, 8] and len(reopen_jsonl(run / "train.jsonl")) == 3
+    assert sorted(server.asked.values()) == [1, 1, 1, 8] and len(reopen_jsonl(run / "train.jsonl")) == 3
     assert server.keys == {f"Bearer {KEY}"}
 
 

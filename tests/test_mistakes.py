@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, load, refused
@@ -50,6 +51,8 @@ def world(tmp_path_factory):
     part = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
     (model("lacking", "*.safetensors") / "model.safetensors.index.json").write_text(json.dumps(part))
     (folder / "lacking/other.safetensors").write_bytes((ROOT / "tiny/guard/model.safetensors").read_bytes())
+    weights = model("misnamed") / "model.safetensors"
+    weights.rename(weights.with_name("weights.safetensors"))
     model("templateless", "*.jinja")
     model("tokenless", "tokenizer*")
     model("configless", "config.json")
@@ -101,6 +104,7 @@ TABLE = [
     (generate, ["--model", "{w}/cut"], "{w}/cut/model.safetensors is no whole safetensors file"),
     (evaluate, [*BENCH, "--models", "a={w}/nonsense"], "{w}/nonsense/model.safetensors is no whole safetensors file"),
     (generate, ["--model", "{w}/lacking"], "{w}/lacking lacks model-00001-of-00001.safetensors"),
+    (generate, ["--model", "{w}/misnamed"], "weights.safetensors, but neither model.safetensors nor"),
     (generate, ["--model", "{w}/tokenless"], "cannot load the tokenizer of {w}/tokenless"),
     (generate, ["--model", "{w}/configless"], "no model '{w}/configless': the folder has no config.json"),
     (generate, ["--model", "{w}/broken"], "cannot read {w}/broken/config.json"),
@@ -136,6 +140,7 @@ TABLE = [
     (generate, ["--temperature", "-0.1"], "--temperature -0.1: it must be at least 0"),
     # places
     (generate, ["--model", "runs/nope"], "no folder at runs/nope"),
+    (generate, ["--model", "./" + "n" * 300], "no folder at ./nnn"),
     (generate, ["--model", "./nope"], "no folder at ./nope"),
     (generate, ["--model", "/nope"], "no folder at /nope"),
     (generate, ["--guard", "tests/nope"], "no folder at tests/nope"),
@@ -265,7 +270,7 @@ def test_a_hub_out_of_reach_is_one_line_in_seconds(tmp_path, monkeypatch):
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
             assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
             assert done.stderr.startswith("error: no model 'Qwen/Qwen3-0.6B'") and "out of reach" in done.stderr
-            assert time.time() - began < 20  # 2 and 8 seconds on an idle machine
+            assert time.time() - began < 30  # 2 and 8 seconds on an idle machine
     assert not (tmp_path / "run").exists()
 
 
@@ -286,11 +291,13 @@ def test_a_model_in_the_cache_needs_no_hub(monkeypatch):
 
 @pytest.mark.parametrize("stage", ["01_generate", "02_verify_sft", "03_steer_selfgen", "04_grpo", "05_eval"])
 def test_an_interrupt_during_the_imports_is_one_line(stage, tmp_path):
-    for seconds in (0.4, 1):
+    for seconds in (0, 0.3):
         command = [sys.executable, f"{stage}.py", "--run", str(tmp_path / "run")]
         child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        while "libtorch" not in Path(f"/proc/{child.pid}/maps").read_text():  # which comes after our handler
+            assert child.poll() is None and not time.sleep(0.01)
         time.sleep(seconds)
         child.send_signal(signal.SIGINT)
         _, errors = child.communicate(timeout=60)
         assert child.returncode == 130 and errors.strip().startswith("stopped: ") and "Traceback" not in errors
-        assert errors.strip().count("\n") == 0
+        assert errors.strip().count("\n") == 0 and not (tmp_path / "run").exists()

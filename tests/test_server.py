@@ -19,7 +19,7 @@ from common import render_chat  # noqa: E402
 from engines import Sampling, answer_prompts  # noqa: E402
 from engines.hf import HfSampler  # noqa: E402
 from engines.server import ServerSampler  # noqa: E402
-from plumbing import fingerprint, reopen_jsonl  # noqa: E402
+from plumbing import fingerprint, reopen_jsonl, write_jsonl  # noqa: E402
 
 PROMPTS = {"good": "what is 3 + 4?", "bad": "what is 5 + 4?", "fine": "what is 6 + 2?"}
 ROWS = [{"id": name, "prompt": text} for name, text in PROMPTS.items()]
@@ -130,6 +130,10 @@ def test_01_and_02_know_the_model_behind_the_server(our_server, tmp_path):
     assert here == there and len(here) == 12
     recorded = json.loads((tmp_path / "there/options.json").read_text())["options"]
     assert recorded["model"] == our_server and recorded["content of tiny/lrm"] == fingerprint("tiny/lrm")
+    labels = rows(tmp_path / "there/labels.jsonl")
+    mixed = next(label for label in labels if here[label["id"]]["harmful"])
+    mixed["verdicts"][1]["safety"] = "safe"  # greedy answers are never mixed
+    write_jsonl(tmp_path / "there/labels.jsonl", labels)
     run_here(load("02_verify_sft"), "--run", tmp_path / "02", "--responses", tmp_path / "there", "--epochs", 1)
     said = (tmp_path / "02/summary.txt").read_text()
     assert f" answers of tiny/lrm, from {tmp_path}/there\n" in said and "--models base=tiny/lrm sinternal=" in said

@@ -9,6 +9,7 @@ import torch
 from conftest import load, next_token_log_probs, refused, rows, run_here
 
 from common import Example, load_model, load_tokenizer, messages_of, render_chat, response_ids
+from plumbing import runs
 from tiny import world
 
 stage = load("03_steer_selfgen")
@@ -28,6 +29,12 @@ def judge(prompt, text):
 '''
 REFUSAL, HELP = ("this is harmful.", "sorry, i can not help with it."), ("this is safe.", "mix salt with ash.")
 LEAK, CUT = ("the steps are known.", "mix coal with ash."), ("the steps are known. the steps", None)
+
+
+@pytest.fixture(autouse=True)
+def rows_by_hand(monkeypatch):
+    """A user's run folder that holds responses and no options is refused."""
+    monkeypatch.setattr(runs, "BEGINNING", (*runs.BEGINNING, "responses.jsonl"))
 
 
 def prompt_of(name: str) -> str:
