@@ -298,7 +298,7 @@ def self_checks(options: Options, responses: dict, run: Path) -> dict[tuple[str,
     name, checks = options.self_checker, {key: {} for key in responses}
     is_rule = name.endswith(".py")
     if is_rule:
-        rule = plumbing.load_rule(name, "self_check")
+        rule = judges.self_check_rule(name)
     elif name:
         judge = judges.Judge(name, options)
         label = plumbing.file_label(name, judges.content_of(name))

@@ -2,4 +2,4 @@
 
 from judges.judge import NO_ANSWER, Judge, answer_is_correct, content_of, judge_samples
 from judges.judge import is_right, judge_style, label_probability, require_guard, require_judge
-from judges.judge import require_judges, shares
+from judges.judge import require_judges, self_check_rule, shares

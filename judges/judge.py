@@ -71,6 +71,19 @@ def require_guard(options, refusals: bool = True):
         fail(f"{what}; give --refusal_judge, a guard or a .py file that does (see --help)")
 
 
+def self_check_rule(path: str):
+    """self_check(thinking) of a user's file; what it raises is one line."""
+    rule = plumbing.load_rule(path, "self_check")
+
+    def self_check(thinking: str):
+        try:
+            return rule(thinking)
+        except Exception as error:  # a user's own code
+            fail(f"{path}: self_check() raised {type(error).__name__}: {error}")
+
+    return self_check
+
+
 def content_of(name: str) -> str:
     """The hash or hub commit of what a judge's name stands for."""
     return plumbing.content_of(judge_style(name)[1])

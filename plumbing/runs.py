@@ -94,9 +94,11 @@ def read_run(run) -> dict:
 
 
 def options_of(run) -> dict | None:
-    """The options that a folder was made with, None if it is no run folder."""
+    """The options that what a folder holds was made with, None if it is no run folder."""
+    outgrown = Path(run) / "outgrown"  # those of a checkpoint that a larger run will replace
+    file = outgrown if outgrown.exists() else Path(run) / "options.json"
     with suppress(OSError, ValueError, LookupError, TypeError):
-        return json.loads((Path(run) / "options.json").read_text(encoding="utf-8"))["options"]
+        return json.loads(file.read_text(encoding="utf-8"))["options"]
 
 
 def require_folder(options, record: dict, code: dict) -> dict | None:
@@ -205,8 +207,8 @@ def go_on(run: Path, before: dict, record: dict, code: dict):
         print(f"changed since {run} was made, and now at work: {', '.join(names)}")
         after |= {"code": code, "earlier code": [*before.get("earlier code", []), earlier]}
     if record != before["options"]:
-        if (run / "checkpoint").exists():  # which the larger run replaces at its end
-            (run / "outgrown").touch()
+        if is_finished(run):  # the larger run replaces the checkpoint at its end
+            write_atomic(run / "outgrown", json.dumps({"options": before["options"]}))
         after["options"] = record
     if after != before:
         write_atomic(run / "options.json", json.dumps(after, indent=1))

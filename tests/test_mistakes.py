@@ -188,6 +188,13 @@ def test_a_steering_text_that_can_not_be_filled_in(text, words, tmp_path, monkey
     plumbing.require_texts({"a": "Say {{x}} to {prompt}", "none": "{prompt}"}, ["a"])
 
 
+def test_a_self_checker_that_raises(tmp_path):
+    rule = tmp_path / "rule.py"
+    rule.write_text("def self_check(thinking):\n    return 1 / 0")
+    with pytest.raises(SystemExit, match=f"error: {rule}: self_check\\(\\) raised ZeroDivisionError: division by zero"):
+        judges.self_check_rule(str(rule))("a thinking")
+
+
 # Run folders ----------------------------------------------------------------------------------------------------------
 def folder_with(path, name: str = "", text: str = ""):
     path.mkdir(parents=True)

@@ -199,9 +199,10 @@ def test_more_steps_go_on_bit_for_bit(finished, tmp_path, monkeypatch):
         patch.setattr(grpo, "save_checkpoint", stopped)
         run_here(grpo, "--run", run, "--steps", 5, *GROWING)
     assert saved == [finished] and (not finished or (run / "checkpoint/model.safetensors").read_bytes() == first)
+    assert plumbing.options_of(run)["steps"] == (3 if finished else 5)  # of the checkpoint that lies there
     run_here(grpo, "--run", run, "--steps", 5, *GROWING)
     same_runs(tmp_path / "whole", run)
-    assert (run / "checkpoint/model.safetensors").read_bytes() != first
+    assert (run / "checkpoint/model.safetensors").read_bytes() != first and plumbing.options_of(run)["steps"] == 5
     line = refused(grpo, "--run", run, "--steps", 4, *GROWING)
     assert "steps (5 there, 4 now; it may only grow)" in line
 
