@@ -198,13 +198,16 @@ def open_run(options, free: tuple[str, ...] = ()) -> Path:
 
 
 def go_on(run: Path, before: dict, record: dict, code: dict):
-    """Keeps what has changed since the folder was made: code, and options that have grown."""
+    """Says what code has changed since the folder was made, and keeps what was accepted and what
+    has grown. Of a changed room nothing is written: the folder may be the input of another run,
+    which knows it by its content."""
     after = dict(before)
     earlier = before.get("code", code)
     changed = [room for room in ("stage", *ROOMS) if earlier.get(room) != code[room]]
     if changed:
         names = [code["file"] if name == "stage" else name for name in changed]
         print(f"changed since {run} was made, and now at work: {', '.join(names)}")
+    if "stage" in changed:  # with --accept_changes
         after |= {"code": code, "earlier code": [*before.get("earlier code", []), earlier]}
     if record != before["options"]:
         if is_finished(run):  # the larger run replaces the checkpoint at its end

@@ -56,6 +56,7 @@ def test_a_second_process_and_an_interrupt(tmp_path):
     """The command as it is typed; half-way a second one is refused, then the first is interrupted and goes on later."""
     options = ["--run", tmp_path / "run", "--limit", 40, "--n", 4, "--batch_tokens", 1200]
     command = [sys.executable, "01_generate.py", *map(str, options)]
+    plumbing.require_model("tiny/lrm")  # its imports take seconds, the run does not take many
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     responses = tmp_path / "run/responses.jsonl"
     while not (responses.exists() and responses.stat().st_size):
