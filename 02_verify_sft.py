@@ -87,7 +87,10 @@ class Options(TrainingOptions):
     # expert's own answer to the same prompts, ordinary SFT (the control that the paper lacks)
     target: Literal["full", "verdict", "critique", "answer"] = "full"
     keep_disagreements: bool = False  # also keep critiques whose verdict is not the guard's label
-    max_critique_tokens: int = 1024  # longest expert reply, tokens (our choice)
+    max_critique_tokens: int = 1024  # longest critique of the expert, tokens (our choice)
+    # with --target answer the expert thinks, and is sampled: greedy makes such models loop
+    max_answer_tokens: int = 8192  # longest thinking and answer of the expert, tokens (our choice)
+    answer_temperature: float = 0.6  # its sampling temperature, with top-p 0.95 (model card)
     learning_rate: float = 2e-4  # peak of AdamW (paper)
     epochs: int = 2  # passes over the critiques; fixed for a run folder (paper)
     batch_size: int = 16  # examples per optimizer step (our choice)
@@ -243,8 +246,12 @@ def main():
 
     # 1. The expert reads S, the prompt and the answer (not the thinking): critique and verdict.
     expert = engines.open_sampler(options.expert, options, endpoint=True)
-    greedy, path = engines.Sampling(options.max_critique_tokens, 0.0), run / "critiques.jsonl"
-    replies = engines.answer_prompts(expert, selected, path, 1, greedy, enable_thinking=False)
+    path, thinks = run / "critiques.jsonl", options.target == "answer" and options.enable_thinking
+    sampling = engines.Sampling(options.max_critique_tokens, 0.0)  # greedy
+    if options.target == "answer":
+        limit, temperature = options.max_answer_tokens, options.answer_temperature
+        sampling = engines.Sampling(limit, temperature, top_p=0.95, seed=options.seed)
+    replies = engines.answer_prompts(expert, selected, path, 1, sampling, enable_thinking=thinks)
     expert.close()
     kept, dropped = [], []
     for row in replies:

@@ -47,6 +47,8 @@ PRESETS = {  # a row each; an inner dictionary holds what only the stage of that
             "epochs": 4,
             "batch_size": 8,
             "max_critique_tokens": 64,
+            "max_answer_tokens": 64,
+            "answer_temperature": 0.0,
         },
         "03": {"steering": ["prefix"] * 3, "learning_rate": 1e-3, "lora_targets": ALL_LINEAR},
         "04": {
@@ -113,6 +115,8 @@ BOUNDS = {
     **dict.fromkeys(["temperature", "top_k", "limit"], (0, math.inf)),
     "top_p": (0, 1),  # above 0
     **dict.fromkeys(["pairs_per_prompt", "max_critique_tokens"], (1, math.inf)),
+    "max_answer_tokens": (1, math.inf),
+    "answer_temperature": (0, math.inf),
     **dict.fromkeys(["epochs", "steps", "batch_size", "group_size"], (1, math.inf)),
     **dict.fromkeys(["updates_per_batch", "micro_batch_tokens", "save_every"], (1, math.inf)),
     **dict.fromkeys(["learning_rate", "warmup_steps", "eval_every"], (0, math.inf)),

@@ -85,6 +85,32 @@ def test_the_expert_is_greedy_and_nothing_decays(answered, tmp_path, monkeypatch
     assert torch.equal(layer.A, before) and before.abs().max() > 0
 
 
+def test_an_expert_that_answers_thinks_and_has_room_to(answered, tmp_path, monkeypatch):
+    """Ordinary SFT on an expert without its thinking would train a reasoning model's thinking away."""
+    asked, answer = [], engines.answer_prompts
+    monkeypatch.setattr(engines, "answer_prompts", lambda *a, **more: asked.append((a[4], more)) or answer(*a, **more))
+    options = ["--responses", answered / "01", "--epochs", 1, "--target", "answer", "--answer_temperature", 0.6]
+    run_here(verify, "--run", tmp_path / "02", *options, "--max_answer_tokens", 80, "--seed", 3)
+    [(sampling, template)] = asked
+    assert sampling == engines.Sampling(80, 0.6, top_p=0.95, top_k=0, seed=3) and template == {"enable_thinking": True}
+    kept = rows(tmp_path / "02/train.jsonl")
+    assert kept and all(row["prompt"] == row["request"] for row in kept)
+
+
+def test_sampler_and_trainer_agree_in_bfloat16(model, tokenizer, requests):
+    """As on a GPU: weights in float32, both under autocast; the gap stays below what stops a run."""
+    from common import Example, TokenScorer, pad_batch
+    from engines.hf import HfSampler
+
+    with torch.autocast("cpu", torch.bfloat16):
+        sampled = dict(HfSampler(model, tokenizer, 10_000).generate(requests, 2, engines.Sampling(30, 0.7, seed=1)))
+        examples = [Example(requests[i][1], s.ids) for i in sampled for s in sampled[i]]
+        trained = TokenScorer(model)(*pad_batch(examples), 0.7).log_probs
+    ours = torch.tensor([p for i in sampled for s in sampled[i] for p in s.log_probs])
+    exact = TokenScorer(model)(*pad_batch(examples), 0.7).log_probs
+    assert (ours - trained).abs().mean() < 0.05 and (ours - exact).abs().max() > 1e-4  # it was bfloat16
+
+
 def test_every_epoch_has_an_order_of_its_own(tmp_path):
     """Each epoch holds every item once; no two of five have the same order; another seed has others."""
     parameter = torch.nn.Linear(1, 1)
