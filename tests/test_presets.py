@@ -276,7 +276,7 @@ def test_what_a_dry_run_refuses(world):
     prompts = ["--prompts", world / "prompts.jsonl", "--dry_run", "--run", world / "run"]
     assert "no model './nowhere'" in refused(stages["01"], *prompts, "--model", "./nowhere")
     assert "no Python file at rule.py" in refused(stages["03"], *prompts, "--guard", "rule.py")
-    assert "cannot read" in refused(stages["04"], "--prompts", "none.jsonl", "--dry_run")
+    assert "no prompt file at none.jsonl" in refused(stages["04"], "--prompts", "none.jsonl", "--dry_run")
     assert "id '0' occurs twice" in refused(stages["05"], "--bench", f"a={two_of_one_id(world)}", "--dry_run")
     assert not (world / "run").exists()
 
