@@ -91,6 +91,12 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
+def without_gradients(device):
+    """inference_mode is faster, but in it autocast casts every weight again for every token."""
+    autocast = torch.is_autocast_enabled(device.type)
+    return torch.no_grad() if autocast else torch.inference_mode()
+
+
 class CachedRows:
     """R = B * n rows of a batch in front of a model with a KV cache: each prompt is computed once
     and its cache expanded to its n rows. `room` tokens may be appended. V = vocabulary."""
@@ -230,11 +236,11 @@ class HfSampler(Sampler):
             rows_at_once = self.batch_tokens // (width + sampling.max_new_tokens)
             count = max(1, rows_at_once // n)
             batch, order = order[:count], order[count:]
-            samples = self.sample_batch([requests[i] for i in batch], n, sampling)
+            with without_gradients(self.model.device):
+                samples = self.sample_batch([requests[i] for i in batch], n, sampling)
             for j, index in enumerate(batch):
                 yield index, samples[j * n : j * n + n]
 
-    @torch.no_grad()  # not inference_mode, in which autocast casts every weight for every token
     def sample_batch(self, requests, n: int, s: Sampling) -> list[Sample]:
         """n Samples for each request, request after request; finished rows leave the batch."""
         batch = self.rows(self.model, [prompt for _, prompt in requests], n, s.max_new_tokens)
