@@ -269,7 +269,9 @@ def answer_all(options: Options, models: dict[str, str], tests: dict, recipes: d
     return responses, first_prompts
 
 
-def judge_all(options: Options, responses: dict, run: Path) -> dict[tuple[str, str], dict]:
+def judge_all(
+    options: Options, responses: dict, contents: dict, run: Path
+) -> dict[tuple[str, str], dict]:
     """{(model, benchmark): {judge: {"answer" | "response": {id: verdicts}}}}: every judge reads
     every answer, and thinking + answer; maths and verification rows need none."""
     texts = {
@@ -279,7 +281,7 @@ def judge_all(options: Options, responses: dict, run: Path) -> dict[tuple[str, s
     judged = {key: {} for key in responses}
     for judge_name in plumbing.timed(run, "judging", options.judges):
         judge = judges.Judge(judge_name, options)
-        label = plumbing.file_label(judge_name, judges.content_of(judge_name))
+        label = plumbing.file_label(judge_name, contents[judge_name])
         for (name, test), rows in responses.items():
             if all(plumbing.kind_of(row) in ("maths", "verify") for row in rows):
                 continue
@@ -375,7 +377,8 @@ def main():
         return dry_run(options, next(iter(models.values())), rows, free)
     run = plumbing.open_run(options, free)
     responses, first_prompts = answer_all(options, models, tests, recipes, run)
-    judged = judge_all(options, responses, run)
+    contents = {judge: judges.content_of(judge) for judge in options.judges}
+    judged = judge_all(options, responses, contents, run)
     checks = self_checks(options, responses, run)
     results, categories = compare_all(options, responses, judged, checks)
     agreements = {}
@@ -384,7 +387,7 @@ def main():
     recipe = plumbing.evaluation_recipe(options, models, recipes, responses, run)
     for name, prompt in first_prompts.items():
         recipe["models"][name]["first prompt"] = prompt
-    recipe["judges"] = {judge: judges.content_of(judge) for judge in options.judges}
+    recipe["judges"] = contents
     tables = {"rows": results, "categories": categories, "judges": agreements}
     plumbing.write_evaluation(run, {"recipe": recipe, **tables}, options, list(left_out.values()))
     lines = {

@@ -2,6 +2,7 @@
 
 from plumbing.process import fail
 from plumbing.runs import read_stage_01
+from plumbing.tokens import OPEN
 
 # Files of an evaluation's run folder, beside which each model has a folder of its name
 EVALUATION_FILES = (
@@ -20,16 +21,15 @@ def require_free_names(models: dict[str, str]):
 def require_texts(texts: dict[str, str], names: list[str]):
     """The steering texts of these names, and the one of benign prompts, can be filled in: each
     holds {prompt}, and any other brace is doubled."""
-    mark = "\ue000"  # a character of no language
     for name in [*names, "none"]:
         if name not in texts:
             fail(f"--steering {name}: the texts are named {', '.join(texts)}")
         try:
-            filled = texts[name].format(prompt=mark)
+            filled = texts[name].format(prompt=OPEN)
         except (LookupError, ValueError, AttributeError, TypeError) as error:
             what = f"a brace that is not {{prompt}} ({type(error).__name__}: {error})"
             fail(f"STEERING, text '{name}': {what}; write {{{{ or }}}} for a brace")
-        if mark not in filled:
+        if OPEN not in filled:
             fail(f"STEERING, text '{name}' must hold {{prompt}}: without it no prompt is asked")
 
 
