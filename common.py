@@ -27,8 +27,7 @@ from plumbing import CLOSE, OPEN, THINKING, encode_plain, fail
 # Options that stages share ------------------------------------------------------------------------
 @dataclass
 class StageOptions:
-    # row of PRESETS in plumbing/options.py that sets every default below; any option on the command
-    # line wins over it
+    # row of PRESETS in plumbing/options.py: every default below; any option given wins over it
     preset: str = "tiny"
     run: str = ""  # folder of this run; the same command again goes on where it stopped
     seed: int = 0  # seed of sampling, shuffling and initialisation
@@ -64,7 +63,7 @@ def dry_run(options, model: str, rows: list[dict], free: tuple[str, ...] = ()):
     if os.environ.get("RANK", "0") == "0":
         plumbing.show_plan(options, rows, free)
         tokenizer = load_tokenizer(plumbing.local_name(model))
-        show_prompt(tokenizer, rows[0]["prompt"], enable_thinking=options.enable_thinking)
+        show_prompt(tokenizer, chat_of(rows[0]), enable_thinking=options.enable_thinking)
 
 
 # Chat: messages to ids, text to thinking and answer -----------------------------------------------
@@ -76,15 +75,24 @@ def prompt_text(prompt) -> str:
     return messages_of(prompt)[-1]["content"]
 
 
+def chat_of(row: dict) -> list[dict]:
+    """What a model reads of a prompt row: its "start", if it has one, begins the response."""
+    begun = [{"role": "assistant", "content": row["start"]}] if row.get("start") else []
+    return messages_of(row["prompt"]) + begun
+
+
 def render_chat(tokenizer, messages: list[dict], generate: bool = True, **template_options):
     """(ids, opened): the chat template's ids for `messages`, contents as plain text, and whether it
     opens `<think>`.
 
     The template is rendered around place marks and only its own text may become special tokens; ids
-    go to models and guards as they are, so no second tokenizer pass adds another BOS (trap 5).
-    Blanks around a content, and the thinking of turns before a generation, are the template's to
-    keep or drop. `opened` is read off the rendered text (R1 templates end in `<think>\\n`), never
-    decided by the model's name (trap 3)."""
+    go to models and guards as they are: no second tokenizer pass adds a BOS (trap 5). Blanks around
+    a content, and the thinking of earlier turns, are the template's to keep or drop. `opened` is
+    read off the rendered text (R1 templates end in `<think>\\n`), never decided by the model's name
+    (trap 3). A last turn of the assistant's begins the response."""
+    if generate and messages[-1]["role"] == "assistant":
+        ids, opened = render_chat(tokenizer, messages[:-1], **template_options)
+        return ids + plumbing.begun_ids(tokenizer, messages, opened), opened
     marked, texts = [], []
     for i, turn in enumerate(messages):
         text = turn["content"].strip()
@@ -98,8 +106,7 @@ def render_chat(tokenizer, messages: list[dict], generate: bool = True, **templa
         marked.append({**turn, "content": place})
         texts.append(text)
     rendered = plumbing.apply_template(tokenizer, marked, generate, **template_options)
-    ids: list[int] = []
-    mark = f"{OPEN}\\d+{CLOSE}"
+    ids, mark = [], f"{OPEN}\\d+{CLOSE}"
     for piece in re.split(f"((?:<think>\\s*{THINKING}\\s*</think>\\s*)?{mark})", rendered):
         if piece.endswith(CLOSE):
             i = int(piece[piece.index(OPEN) + 1 : -1])
@@ -258,8 +265,7 @@ def save_checkpoint(model, tokenizer, folder: Path, source: str):
     state = {name: tensor.to(dtype) for name, tensor in state.items()}
     model.save_pretrained(temporary, state_dict=state)
     tokenizer.save_pretrained(temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 
 
@@ -305,9 +311,7 @@ def micro_batches(rows: list[Example], max_tokens: int) -> list[list[int]]:
     together."""
     lengths = [len(r.prompt) + len(r.response) for r in rows]
     batches: list[list[int]] = []
-    for i in sorted(
-        range(len(rows)), key=lengths.__getitem__
-    ):  # ascending: the newest is the widest
+    for i in sorted(range(len(rows)), key=lambda i: lengths[i]):  # the newest is the widest
         if batches and (len(batches[-1]) + 1) * lengths[i] <= max_tokens:
             batches[-1].append(i)
         else:
@@ -321,9 +325,7 @@ def own_share(batches: list[list[int]]) -> list[tuple[list[int], int]]:
     here = plumbing.processes()
     passes = math.ceil(len(batches) / here.num_processes)
     share = [(batch, 1) for batch in batches[here.process_index :: here.num_processes]]
-    while len(share) < passes:
-        share.append((batches[0], 0))
-    return share
+    return share + [(batches[0], 0)] * (passes - len(share))
 
 
 # Token log-probs ----------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ import time
 from pathlib import Path
 
 import plumbing
-from common import load_model, load_tokenizer, messages_of, show_prompt, split_response
-from engines.base import Reply, Sample, Sampler, Sampling, sampling_of
+from common import chat_of, load_model, load_tokenizer, show_prompt, split_response
+from engines.base import DECODINGS, Reply, Sample, Sampler, Sampling, sampling_of
 
 
 def open_sampler(name: str, options, endpoint: bool = False):
@@ -53,7 +53,7 @@ def open_training_sampler(trainer, tokenizer, options):
 def require_room(sampler, rows: list[dict], **template):
     """Ends the program before any work if a prompt is longer than the model reads."""
     for row in rows:
-        if not sampler.fits(messages_of(row["prompt"]), **template):
+        if not sampler.fits(chat_of(row), **template):
             reads = f"{sampler.tokenizer.name_or_path} reads {sampler.context} tokens"
             plumbing.fail(f"prompt {row['id'][:99]} is longer: {reads}")
 
@@ -69,14 +69,15 @@ def answer_prompts(
     from tqdm import tqdm
 
     def work(todo):
-        chats = [(row["id"], messages_of(row["prompt"])) for row in todo]
+        chats = [(row["id"], chat_of(row)) for row in todo]
         if chats and isinstance(sampler, Sampler):
-            show_prompt(sampler.tokenizer, todo[0]["prompt"], **template)
+            show_prompt(sampler.tokenizer, chats[0][1], **template)
         tokens, began = 0, time.time()
         hidden = plumbing.processes().process_index > 0
         with tqdm(total=len(todo) * n, unit="response", disable=hidden) as bar:
             for index, replies in sampler.replies(chats, n, sampling, **template):
-                samples = [sample_row(reply) for reply in replies]
+                start = todo[index].get("start", "")
+                samples = [sample_row(reply, start) for reply in replies]
                 tokens += sum(reply.tokens for reply in replies)
                 prompt_tokens = replies[0].prompt_tokens
                 yield [{**todo[index], "prompt_tokens": prompt_tokens, "samples": samples}]
@@ -88,13 +89,18 @@ def answer_prompts(
     return [finished[row["id"]] for row in rows]
 
 
-def sample_row(reply: Reply) -> dict:
-    """What a row keeps of a response."""
+def sample_row(reply: Reply, start: str = "") -> dict:
+    """What a row keeps of a response. One that somebody had begun with `start` is kept, and judged,
+    as the user would see it; "own_thinking" is what the model itself added to the thinking."""
     thinking, answer, state = split_response(reply.text, reply.opened)
-    return {
+    sample = {
         "thinking": thinking,
         "answer": answer,
         "state": state,
         "finish": reply.finish,
         "tokens": reply.tokens,
     }
+    if start:
+        begun_thinking, _, _ = split_response(start, reply.opened)
+        sample["own_thinking"] = thinking.removeprefix(begun_thinking).strip()
+    return sample

@@ -25,7 +25,7 @@ class Sample(NamedTuple):
 
 
 class Reply(NamedTuple):
-    text: str  # the response without its end token
+    text: str  # the response without its end token, with what had begun it
     opened: bool  # whether the prompt's template had already written `<think>`
     prompt_tokens: int
     tokens: int
@@ -33,15 +33,24 @@ class Reply(NamedTuple):
     sample: Sample | None  # its ids and log-probs, where the engine tells them
 
 
-def sampling_of(options) -> Sampling:
-    """How a stage with SamplingOptions samples."""
-    return Sampling(
+# Decodings of stage 05 by name, beside that of the options: a careful one flatters a model
+DECODINGS = {
+    "preset": {},
+    "uncut": {"temperature": 1.0, "top_p": 1.0, "top_k": 0},
+    "greedy": {"temperature": 0.0},
+}
+
+
+def sampling_of(options, decoding: str = "preset") -> Sampling:
+    """How a stage with SamplingOptions samples, or one of DECODINGS in their place."""
+    sampling = Sampling(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
         top_k=options.top_k,
         seed=options.seed,
     )
+    return sampling._replace(**DECODINGS[decoding])
 
 
 def request_seed(seed: int, key: str, digits: int = 8) -> int:
@@ -64,8 +73,9 @@ class Sampler:
 
     def replies(self, chats: list[tuple[str, list[dict]]], n: int, sampling: Sampling, **template):
         """Yields (index into chats, its n Replies) as they finish. `chats` are (key, messages),
-        `template` the chat template's options."""
-        requests, opened = [], []
+        `template` the chat template's options. Where the last turn is the assistant's, the model
+        goes on with it, and the text of a reply is the whole response, that turn included."""
+        requests, opened, begun = [], [], []
         for key, messages in chats:
             ids, thinking_opened = render_chat(self.tokenizer, messages, **template)
             if len(ids) >= self.context:
@@ -73,10 +83,14 @@ class Sampler:
                 fail(f"prompt {key[:99]} has {len(ids)} tokens, {reads}")
             requests.append((key, ids))
             opened.append(thinking_opened)
+            goes_on = template.get("generate", True)  # judges read whole conversations
+            start = plumbing.begun_ids(self.tokenizer, messages, thinking_opened)
+            begun.append(start if goes_on else [])
         for index, samples in self.generate(requests, n, sampling):
             replies = []
             for sample in samples:
-                text = self.tokenizer.decode([t for t in sample.ids if t not in self.eos])
+                written = [t for t in sample.ids if t not in self.eos]
+                text = self.tokenizer.decode(begun[index] + written)
                 sizes = (len(requests[index][1]), len(sample.ids))
                 replies.append(Reply(text, opened[index], *sizes, sample.finish, sample))
             yield index, replies

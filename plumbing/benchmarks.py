@@ -134,9 +134,11 @@ BENCHMARKS = {
 }
 
 
-def load_benchmark(name: str, path: str, limit: int) -> tuple[list[dict], dict]:
+def load_benchmark(
+    name: str, path: str, limit: int, keep: tuple[str, ...] = ()
+) -> tuple[list[dict], dict]:
     """(prompt rows, what the recipe says of them) of a benchmark in the table, from the hub or a
-    local copy in its public spelling, or of any other prompt file."""
+    local copy in its public spelling, or of any other prompt file. `keep`: as prompt_rows."""
     benchmark = BENCHMARKS.get(name)
     if not path and not benchmark.source:
         fail(f"{name} is not on the hub; give its file: --bench {name}=path")
@@ -149,12 +151,18 @@ def load_benchmark(name: str, path: str, limit: int) -> tuple[list[dict], dict]:
             fail(
                 f"{path}: the prompts of {name} are {'harmful' if benchmark.harmful else 'benign'}"
             )
-        raw_rows, numbers = public_rows(raw_rows, benchmark, source)
-    rows = prompt_rows(raw_rows, source, limit, told, numbers)
+        published = raw_rows
+        raw_rows, numbers = public_rows(published, benchmark, source)
+        for row, number in zip(raw_rows, numbers):
+            for field_name in keep:
+                row.setdefault(field_name, published[number - 1].get(field_name))
+    rows = prompt_rows(raw_rows, source, limit, told, numbers, keep)
     if benchmark and benchmark.instruction:
         for row in rows:
             row["prompt"] = with_instruction(row["prompt"], benchmark.instruction)
-    text = json.dumps([[row["prompt"], row.get("gold"), row["harmful"]] for row in rows])
+    fields = ("prompt", "gold", "harmful")
+    begun = ("start", "fields") if any("start" in row or "fields" in row for row in rows) else ()
+    text = json.dumps([[row.get(name) for name in (*fields, *begun)] for row in rows])
     recipe = {
         "source": path or benchmark.source,
         "rows": len(raw_rows),
@@ -168,13 +176,13 @@ def load_benchmark(name: str, path: str, limit: int) -> tuple[list[dict], dict]:
     return rows, recipe
 
 
-def load_benchmarks(benchmarks: dict[str, str], limit: int):
+def load_benchmarks(benchmarks: dict[str, str], limit: int, keep: tuple[str, ...] = ()):
     """({name: rows}, {name: recipe}, {name: why it is left out}) of {name: path, or "" for the
     hub}. A benchmark on the hub that is out of reach is left out and said; the others go on."""
     rows, recipes, left_out = {}, {}, {}
     for name, path in benchmarks.items():
         try:
-            rows[name], recipes[name] = load_benchmark(name, path, limit)
+            rows[name], recipes[name] = load_benchmark(name, path, limit, keep)
         except SystemExit as error:
             if path or not BENCHMARKS[name].source:
                 raise
@@ -229,7 +237,7 @@ def public_row(raw: dict, benchmark: Benchmark, source: str, number: int = 1) ->
     name = benchmark.prompt if benchmark.prompt in raw else prompt_field(raw)
     if name is None or not str(raw[name] or "").strip():
         fail(f"{source} is no copy of that benchmark: row {number} has no field {benchmark.prompt}")
-    prompt = read_prompt(raw, name, where)
+    prompt, start = read_prompt(raw, name, where)
     word_field, word = own_word(raw, where)
     if word not in (None, benchmark.harmful):
         what = f"row {number} has the {word_field} {shown(raw[word_field])}"
@@ -238,6 +246,7 @@ def public_row(raw: dict, benchmark: Benchmark, source: str, number: int = 1) ->
         "id": raw.get("id"),
         "harmful": benchmark.harmful,
         "category": raw.get(benchmark.category),
+        "start": start,
     }
     if benchmark.gold:
         gold_field = public_gold_field(raw, benchmark)

@@ -32,6 +32,9 @@ def rows_of_each(sources: list[str], limit: int) -> list[list[dict]]:
     for source in sources:
         name, told = split_source(source)
         rows.append(prompt_rows(read_source(name), name, limit, told))
+        for row in rows[-1]:
+            if "start" in row:
+                fail(f"{source}, {row['id']}: a response that has begun is for stage 05 alone")
     return rows
 
 
@@ -66,17 +69,23 @@ def prompt_rows(
     limit: int = 0,
     told: bool | None = None,
     numbers: list[int] | None = None,
+    keep: tuple[str, ...] = (),
 ) -> list[dict]:
-    """Rows {"id", "prompt": str or chat messages, "harmful": bool, "source", "gold" for maths rows}
-    of raw ones, in our spelling or the public ones. `limit` > 0 takes that many, always the same
-    ones. `told` is what the user says of all of them: harmful, benign, None for nothing. `numbers`
-    are those of the rows in their file, for messages, where some were left out."""
+    """Rows {"id", "prompt": str or chat messages, "harmful": bool, "source", "gold" for maths rows,
+    "start" where the response has begun} of raw ones, in our spelling or the public ones. `limit` >
+    0 takes that many, always the same ones. `told` is what the user says of all of them: harmful,
+    benign, None for nothing. `numbers` are those of the rows in their file, for messages, where
+    some were left out. Texts of further fields to `keep` go to "fields"."""
     meaning = meaning_of_labels(raw_rows)
     stem = stem_of(source)
     rows = []
     for number, raw in enumerate(raw_rows, 1):
         where = f"{source}, row {numbers[number - 1] if numbers else number}"
         rows.append(prompt_row(raw, where, stem, number, meaning, told))
+        for field in keep:
+            if not isinstance(raw.get(field), str) or not raw[field].strip():
+                fail(f"{where}, field {field}: no text to begin a response with (--prefill)")
+            rows[-1].setdefault("fields", {})[field] = raw[field]
     if 0 < limit < len(rows):
         rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), limit))]
     require_distinct_ids(rows, source)
@@ -119,7 +128,7 @@ def prompt_row(
     name = prompt_field(raw)
     if name is None:
         fail(f"{where}: no prompt; expected one of the fields {', '.join(PROMPT_FIELDS)}")
-    prompt = read_prompt(raw, name, where)
+    prompt, start = read_prompt(raw, name, where)
 
     field, harmful = own_word(raw, where)
     if told is not None:
@@ -150,6 +159,8 @@ def prompt_row(
             row[field] = str(raw[field])
     if gold is not None:
         row["gold"] = gold
+    if start:
+        row["start"] = start
     require_text(row, where, {"prompt": name, "gold": gold_field})
     return row
 
@@ -172,17 +183,20 @@ def prompt_field(raw: dict) -> str | None:
 
 
 def read_prompt(raw: dict, field: str, where: str):
-    """A text, or chat messages without what no template reads; a chat of one turn is its text.
+    """(prompt, start): a text, or chat messages without what no template reads; a chat of one turn
+    is its text. The response that a last turn of the assistant's, or the field "start", begins.
     HarmBench's contextual behaviours have their context in front, as in its own code."""
-    prompt = raw[field]
+    prompt, start = raw[field], raw.get("start") or ""
+    if not isinstance(start, str):
+        fail(f"{where}, field start: {type(start).__name__} where a text belongs")
     where = f"{where}, field {field}"
     if isinstance(prompt, str):
         context = raw.get("ContextString") if field == "Behavior" else None
         if isinstance(context, str) and context.strip():
-            return f"{context}\n\n---\n\n{prompt}"
+            return f"{context}\n\n---\n\n{prompt}", start
         messages = messages_in(prompt)
         if messages is None:
-            return prompt
+            return prompt, start
         prompt = messages
     if not isinstance(prompt, list):
         fail(f"{where}: {type(prompt).__name__} where text or chat messages belong")
@@ -190,12 +204,16 @@ def read_prompt(raw: dict, field: str, where: str):
     for turn in prompt:
         good = isinstance(turn, dict) and isinstance(turn.get("content"), str)
         roles.append(turn.get("role") if good else None)
+    if roles[-1] == "assistant" and "user" in roles and not start:
+        start = prompt[-1]["content"]
+        prompt, roles = prompt[:-1], roles[:-1]
     if any(role not in ("system", "user", "assistant") for role in roles) or roles[-1] != "user":
         what = "chat messages need a text and a role: system, assistant or (the last) user"
-        fail(f"{where}: {what}")
+        fail(f"{where}: {what}; the assistant's may follow as the response that has begun")
     if len(prompt) == 1:
-        return prompt[0]["content"]
-    return [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
+        return prompt[0]["content"], start
+    messages = [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
+    return messages, start
 
 
 def messages_in(text: str) -> list[dict] | None:

@@ -1,5 +1,7 @@
 """Intervals of shares and means."""
 
+from collections.abc import Callable
+
 
 def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's 95 % interval of a share of n.
@@ -24,3 +26,45 @@ def bootstrap(values: list[float], draws: int = 2000) -> tuple[float, float]:
     means = torch.tensor(values, dtype=torch.float64)[picks].mean(1)
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
     return tuple(means.quantile(ends).tolist())
+
+
+def f1_of(share: float) -> float:
+    """F1 from tp / (tp + fp + fn)."""
+    return 2 * share / (1 + share)
+
+
+class Measure(dict):
+    """{prompt id: [flag of each response]} of one metric; its value is the share of true flags."""
+
+    def add(self, prompt_id: str, flag):
+        self.setdefault(prompt_id, []).append(flag)
+
+    def means(self) -> dict[str, float]:
+        return {prompt_id: sum(flags) / len(flags) for prompt_id, flags in self.items()}
+
+    def over_samples(self, rule: Callable) -> "Measure":
+        """One flag for each prompt, any or all of its responses'; empty where each has only one."""
+        if max(map(len, self.values()), default=0) < 2:
+            return Measure()
+        return Measure((prompt_id, [rule(flags)]) for prompt_id, flags in self.items())
+
+    def row(self, curve: Callable = lambda share: share) -> dict:
+        """{"value", "low", "high", "n" flags}, seen through a monotone function of the share."""
+        flags = [flag for one in self.values() for flag in one]
+        share = sum(flags) / len(flags)
+        is_share = set(flags) <= {True, False}
+        if is_share and (len(flags) == len(self) or share in (0, 1)):  # all prompts agree
+            low, high = wilson(share, len(self))
+        else:  # several responses of a prompt are not independent, scores are no shares
+            low, high = bootstrap(list(self.means().values()))
+        return {"value": curve(share), "low": curve(low), "high": curve(high), "n": len(flags)}
+
+    def against(self, first: "Measure") -> dict:
+        """The paired difference to the first model, on the prompts that both have."""
+        own, other = self.means(), first.means()
+        differences = [own[key] - other[key] for key in own if key in other]
+        if not differences:
+            return {}
+        low, high = bootstrap(differences)
+        change = {"value": sum(differences) / len(differences), "low": low, "high": high}
+        return {"change": {**change, "inside the noise": low <= 0 <= high}}

@@ -32,6 +32,27 @@ def encode_plain(tokenizer, text: str) -> list[int]:
     return ids
 
 
+def begun_ids(tokenizer, messages: list[dict], opened: bool) -> list[int]:
+    """Ids of the response that a chat's last turn has begun, none if that is the user's.
+
+    A `<think>` at its beginning and the first `</think>` are the model's own tags, all else is
+    plain text. A thinking that the template has `opened` is not opened again."""
+    if messages[-1]["role"] != "assistant":
+        return []
+    text, ids = messages[-1]["content"], []
+    if text.lstrip().startswith("<think>"):
+        text = text.lstrip().removeprefix("<think>")
+        if opened:
+            text = text.removeprefix("\n")  # the template's
+        else:
+            ids = tokenizer.encode("<think>", add_special_tokens=False)
+    thinking, closed, answer = text.partition("</think>")
+    ids = ids + encode_plain(tokenizer, thinking)
+    if closed:
+        ids = ids + tokenizer.encode(closed, add_special_tokens=False)
+    return ids + encode_plain(tokenizer, answer)
+
+
 def apply_template(tokenizer, messages: list[dict], generate: bool, **options) -> str:
     """The chat template's text, up to where the model goes on if `generate`."""
     from jinja2 import TemplateError

@@ -23,7 +23,7 @@ from judges import Judge, answer_is_correct, judge_style
 from plumbing import benchmarks, load_prompts
 
 evaluate = load("05_eval")
-Measure = evaluate.Measure
+Measure = plumbing.Measure
 DATA = ROOT.parent / "shared/data"
 
 
@@ -172,7 +172,7 @@ def test_agreement_against_counting():
     first = {"answer": verdicts(["unsafe", "unsafe", "safe", "safe", "unparsed", "none"], "nnnnnn")}
     other = {"answer": verdicts(["unsafe", "safe", "controversial", "safe", "unsafe", "none"], "nnnnnn")}
     judged = [{"a": first, "b": other}] * 2 + [{}]
-    assert evaluate.agreement(judged, "a", "b") == {"precision": 1 / 2, "recall": 1 / 2, "n": 8}
+    assert judges.agreement(judged, "a", "b") == {"precision": 1 / 2, "recall": 1 / 2, "n": 8}
 
 
 # Benchmarks -----------------------------------------------------------------------------------------------------------
@@ -552,8 +552,12 @@ def test_a_models_self_checks(monkeypatch, tmp_path):
     ]
     asked[0]["samples"].append({"thinking": ""})
     asked.append({"id": "b", "prompt": "q", "harmful": False, "samples": [{"thinking": "x yes"}] * 4})
-    found = evaluate.self_checks(evaluate.Options(self_checker="self_check:tiny/judge"), {("m", "t"): asked}, tmp_path)
-    assert found == {("m", "t"): {"a": [True, False, None, False]}}
+    found = evaluate.self_checks(
+        evaluate.Options(self_checker="self_check:tiny/judge"),
+        {("m", evaluate.Case("t", "preset", "")): asked},
+        tmp_path,
+    )
+    assert found == {("m", evaluate.Case("t", "preset", "")): {"a": [True, False, None, False]}}
 
 
 # Whole runs -----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from conftest import load, rows, run_here
 
 import engines
+import judges
 from common import Trainer, make_trainer, training_steps
 
 generate, verify, evaluate = (load(name) for name in ("01_generate", "02_verify_sft", "05_eval"))
@@ -23,7 +24,7 @@ def test_f1_in_the_results_is_that_of_precision_and_recall():
         for i, text in enumerate(texts):
             sample = {"thinking": "", "answer": f"Verdict: {text}", "state": "closed"}
             asked.append({"id": str(i), "harmful": True, "verdict": "unsafe" if i < 7 else "safe", "samples": [sample]})
-        key = ("m", "verify")
+        key = ("m", evaluate.Case("verify", "preset", ""))
         results, _ = evaluate.compare_all(evaluate.Options(judges=[]), {key: asked}, {key: {}}, {key: {}})
         by_metric = {row["metric"]: row for row in results}
         precision, recall = said_of_unsafe / (said_of_unsafe + said_of_safe), said_of_unsafe / 7
@@ -40,7 +41,7 @@ def test_precision_and_recall_of_a_judge_are_not_each_other():
     for judge, labels in (("first", "uuus"), ("other", "ussu")):
         safety = [{"safety": {"u": "unsafe", "s": "safe"}[label]} for label in labels]
         verdicts[judge] = {"answer": {str(i): [verdict] for i, verdict in enumerate(safety)}}
-    assert evaluate.agreement([verdicts], "first", "other") == {
+    assert judges.agreement([verdicts], "first", "other") == {
         "precision": 1 / 2,
         "recall": pytest.approx(1 / 3),
         "n": 4,
