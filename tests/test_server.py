@@ -154,9 +154,13 @@ def test_05_records_and_guards_the_folder_behind_the_server(our_server, tmp_path
     served = our_server.replace("tiny/lrm", str(trained))
     options = ["--run", tmp_path / "05", "--temperature", 0, "--limit", 6, "--judges", "tiny/gold.py"]
     options += ["--bench", "plain=tiny/prompts/test_plain.jsonl", "--models", "base=tiny/lrm", f"served={served}"]
+    options += ["--prefill", "think-open", "answer"]
     run_here(evaluate, *options)
-    here, there = ({r["id"]: r for r in rows(tmp_path / f"05/{m}/plain.responses.jsonl")} for m in ("base", "served"))
-    assert here == there and len(here) == 6
+    for case in ("plain", "plain.think-open", "plain.answer"):  # begun responses too
+        files = [tmp_path / f"05/{m}/{case}.responses.jsonl" for m in ("base", "served")]
+        here, there = ({r["id"]: r for r in rows(file)} for file in files)
+        assert here == there and 0 < len(here) <= 6
+        assert all(("start" in r) == (case != "plain") for r in here.values())
     recipe = json.loads((tmp_path / "05/results.json").read_text())["recipe"]["models"]
     assert recipe["served"]["path"] == served and recipe["served"]["content"] == fingerprint(str(trained))
     assert recipe["served"]["made by"] == {"guard": "tiny/guard"}

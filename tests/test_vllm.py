@@ -65,6 +65,20 @@ def test_long_prompts_and_stop_tokens(setup):
             list(engine.replies(chats, 1, greedy))
 
 
+def test_a_begun_response_goes_on_as_in_our_loop(setup):
+    """What the attacker wrote comes back with the reply, tags and all."""
+    ours, theirs, _ = setup
+    starts = ["<think>\nthe user wants", "<think>\n\n</think>\n\nto make"]
+    chats = []
+    for start in starts:
+        turns = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": start}]
+        chats.append((start, turns))
+    a, b = (dict(engine.replies(chats, 1, Sampling(40, 0.0))) for engine in (ours, theirs))
+    for index, start in enumerate(starts):
+        assert a[index][0].sample.ids == b[index][0].sample.ids
+        assert b[index][0].text == a[index][0].text and b[index][0].text.startswith(start)
+
+
 def test_two_processes_that_share_a_model_write_the_same(setup, monkeypatch):
     """--tensor_parallel 2: each holds half of every layer."""
     ours, _, requests = setup
