@@ -135,8 +135,8 @@ def measured(evaluation: Path, name: str, trained: Path | None) -> dict[str, flo
     return {heading: round(value, 4) for heading, value in found.items()}
 
 
-def prepare(runs: Path):
-    """What every seed of the sinternal table needs: held-out answers to verify, and the other model."""
+def hold_out(runs: Path):
+    """Held-out answers to verify, the same for every seed."""
     stage(
         "01_generate.py",
         runs / "heldout",
@@ -145,6 +145,11 @@ def prepare(runs: Path):
         "--guard",
         "tiny/gold.py",
     )
+
+
+def prepare(runs: Path):
+    """What every seed of the sinternal table needs: held-out answers to verify, and the other model."""
+    hold_out(runs)
     if not (ROOT / runs / "other/config.json").exists():
         command = [sys.executable, "tiny/build.py", "--only", "other", "--out", str(runs)]
         subprocess.run(command, cwd=ROOT, check=True)
