@@ -3,6 +3,7 @@ too.
 
 How a guard or judge is asked and read is a short file each: qwen3guard.py, llama_guard.py, …"""
 
+import hashlib
 import importlib
 import json
 import math
@@ -99,6 +100,7 @@ class Judge:
 
     def __init__(self, name: str, options, refusal_judge: str = ""):
         self.name, self.rule = name, None
+        self.judged: dict[str, dict] = {}  # verdicts by the hash of prompt and text
         if refusal_judge:
             self.refusal_judge = Judge(refusal_judge, options)
         style, model = judge_style(name)
@@ -138,12 +140,13 @@ class Judge:
     def verdicts(self, pairs: list[tuple[object, str]]) -> list[dict]:
         """[{"safety": safe | unsafe | controversial | unparsed | none, "refusal": yes | no |
         partial | unparsed | none}] for (prompt, text) pairs, with "probability" of the safety label
-        where our engines run the guard and its style has a label. Equal pairs are judged once;
-        greedy, so that a label never depends on a seed."""
-        keys = [json.dumps([prompt, text]) for prompt, text in pairs]
+        where our engines run the guard and its style has a label. Equal pairs are judged once, also
+        those of other models and files; greedy, so that a label never depends on a seed."""
+        keys = [hashlib.sha256(json.dumps(pair).encode()).hexdigest() for pair in pairs]
         distinct = {key: pair for key, pair in zip(keys, pairs) if pair[1]}
-        by_key = self.apply_rule(distinct) if self.rule else self.ask(distinct)
-        verdicts = [by_key.get(key, NO_ANSWER) for key in keys]
+        new = {key: pair for key, pair in distinct.items() if key not in self.judged}
+        self.judged |= self.apply_rule(new) if self.rule else self.ask(new)
+        verdicts = [dict(self.judged.get(key, NO_ANSWER)) for key in keys]
         if self.refusal_judge:
             others = self.refusal_judge.verdicts(pairs)
             verdicts = [{**v, "refusal": o["refusal"]} for v, o in zip(verdicts, others)]

@@ -31,10 +31,7 @@ def rows_of_each(sources: list[str], limit: int) -> list[list[dict]]:
     rows = []
     for source in sources:
         name, told = split_source(source)
-        rows.append(prompt_rows(read_source(name), name, limit, told))
-        for row in rows[-1]:
-            if "start" in row:
-                fail(f"{source}, {row['id']}: a response that has begun is for stage 05 alone")
+        rows.append(prompt_rows(read_source(name), name, limit, told, begun=False))
     return rows
 
 
@@ -70,18 +67,25 @@ def prompt_rows(
     told: bool | None = None,
     numbers: list[int] | None = None,
     keep: tuple[str, ...] = (),
+    begun: bool = True,
 ) -> list[dict]:
     """Rows {"id", "prompt": str or chat messages, "harmful": bool, "source", "gold" for maths rows,
     "start" where the response has begun} of raw ones, in our spelling or the public ones. `limit` >
     0 takes that many, always the same ones. `told` is what the user says of all of them: harmful,
     benign, None for nothing. `numbers` are those of the rows in their file, for messages, where
-    some were left out. Texts of further fields to `keep` go to "fields"."""
+    some were left out. Texts of further fields to `keep` go to "fields". Stages other than 05 take
+    no rows that have `begun`."""
     meaning = meaning_of_labels(raw_rows)
     stem = stem_of(source)
     rows = []
     for number, raw in enumerate(raw_rows, 1):
         where = f"{source}, row {numbers[number - 1] if numbers else number}"
         rows.append(prompt_row(raw, where, stem, number, meaning, told))
+        if "start" in rows[-1] and not begun:
+            what = (
+                "the assistant's turn, or a start, begins the response; stage 05 alone takes that"
+            )
+            fail(f"{where}, field prompt: {what}")
         for field in keep:
             if not isinstance(raw.get(field), str) or not raw[field].strip():
                 fail(f"{where}, field {field}: no text to begin a response with (--prefill)")

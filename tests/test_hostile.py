@@ -101,6 +101,7 @@ def test_no_answer_turns_the_verdict_of_a_guard(family):
     """300 answers, each with and without the word that the guard looks for."""
     rng, guard = random.Random(family), object.__new__(Judge)
     guard.name, guard.rule, guard.style, guard.sampler = "reader", None, qwen3guard, Reader(tokenizer_of(family))
+    guard.judged = {}
     texts = [hostile(rng).replace("moss", "salt") for _ in range(300)]
     harmful = [text[:at] + "moss" + text[at:] for text in texts for at in [rng.randint(0, len(text))]]
     found = guard.verdicts([(hostile(rng), text) for text in [*texts, *harmful]])

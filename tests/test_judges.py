@@ -7,6 +7,8 @@ from importlib import import_module
 
 import pytest
 
+import judges
+
 NAMES = ["llama_guard", "wildguard", "harmbench", "strongreject", "xstest", "self_check"]
 JUDGES = {name: import_module(f"judges.{name}") for name in NAMES}
 
@@ -234,3 +236,15 @@ def test_garbage_says_what_its_last_line_says(name):
         assert verdict(name, text) == expected, repr(text)
         seen.add(expected)
     assert len(seen) >= 3  # the garbage does reach verdicts
+
+
+def test_equal_pairs_are_judged_once_over_all_files():
+    """The second call asks for what is new only, and a caller that changes a verdict changes no other one's."""
+    guard, asked = object.__new__(judges.Judge), []
+    guard.name, guard.rule, guard.style, guard.judged = "rule", True, import_module("judges.qwen3guard"), {}
+    guard.rule = lambda prompt, answer: asked.append((prompt, answer)) or f"Safety: {answer}\nRefusal: No"
+    first = guard.verdicts([("a", "Safe"), ("b", "Safe"), ("a", "Safe"), ("a", "")])
+    first[0]["safety"] = "changed"
+    second = guard.verdicts([("a", "Safe"), ("a", "Unsafe"), ("b", "Safe")])
+    assert asked == [("a", "Safe"), ("b", "Safe"), ("a", "Unsafe")]
+    assert [v["safety"] for v in second] == ["safe", "unsafe", "safe"] and first[3]["safety"] == "none"

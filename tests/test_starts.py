@@ -135,7 +135,7 @@ def test_other_stages_take_no_begun_rows(tmp_path):
     file.write_text(json.dumps({"prompt": begun("<think>\nfine"), "harmful": True}) + "\n")
     for stage in ("01_generate", "03_steer_selfgen", "04_grpo"):
         line = refused(load(stage), "--prompts", file, "--run", tmp_path / "run")
-        assert "begun" in line and "05" in line and str(file) in line
+        assert "begins" in line and "05" in line and str(file) in line
 
 
 # Metrics --------------------------------------------------------------------------------------------------------------
