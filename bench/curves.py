@@ -4,7 +4,7 @@ on one core, after both tables of bench/claims.py, whose checkpoints are the sta
 Equal steps and samples. Every ten steps the gold rule judges the unseen prompts. The base start goes on beyond the
 other starts' 40 steps, until it is as safe as ThinkSafe: how much more does it cost? Two seeds at a time; the same
 command goes on where it stopped. Writes results/claims/grpo.json, .md and .png: mean over seeds and its 95 %
-t-interval.
+t-interval. `python bench/curves.py --draw` draws the figure again from the committed grpo.json; nothing is trained.
 """
 
 import argparse
@@ -128,30 +128,105 @@ def cost_in_words(found: dict) -> str:
     )
 
 
+STARTS = (
+    "base",
+    "answer-SFT",
+    "SInternal",
+    "ThinkSafe",
+)  # the other RUNS are variants of the first
+HIGHEST = {"ThinkSafe-reward": 2}  # rewards of the others are at most 1
+
+
+def lines_of(found: dict[str, dict]) -> tuple[list[int], list[float], list[float]]:
+    """Steps, means and half intervals of one metric, in the order of the steps; grpo.json has them as text."""
+    points = sorted((int(step), point["mean"], point["half"]) for step, point in found.items())
+    return [list(column) for column in zip(*points)]
+
+
+def first_as_low(found: dict[str, dict], level: float) -> int | None:
+    """The first step whose mean is no more than `level`.
+
+    >>> first_as_low({"0": {"mean": 0.8, "half": 0}, "10": {"mean": 0.1, "half": 0}}, 0.1)
+    10
+    """
+    steps, means, _ = lines_of(found)
+    return next((step for step, mean in zip(steps, means) if mean <= level), None)
+
+
+def draw_curve(axis, name: str, found: dict[str, dict], highest: float = 1):
+    """A start's mean with its band, or a variant of the base start, dashed and without one."""
+    steps, mean, half = lines_of(found)
+    mean, half = [m / highest for m in mean], [h / highest for h in half]
+    color = f"C{list(RUNS).index(name)}"
+    style = {"lw": 1.8} if name in STARTS else {"lw": 1.3, "ls": "--"}
+    axis.plot(steps, mean, color=color, label=name, **style)
+    if name in STARTS:
+        low, high = [max(0, m - h) for m, h in zip(mean, half)], [m + h for m, h in zip(mean, half)]
+        axis.fill_between(steps, low, high, color=color, alpha=0.13, lw=0)
+
+
+def draw_meeting(axis, base: dict[str, dict], level: float):
+    """ThinkSafe's ASR before any GRPO as a line, and where the base start comes down to it."""
+    axis.axhline(level, color="C3", ls=":", lw=1.5, zorder=1)
+    step = first_as_low(base, level)
+    last = max(map(int, base))
+    goal = f"as low as ThinkSafe\nbefore GRPO ({level:.3f}, dotted)"
+    text = f"base: not {goal}\nby step {last}"
+    if step is not None:
+        text = f"base: {goal}\nat step {step}"
+    steps, means, _ = lines_of(base)
+    place = (step or last, means[steps.index(step or last)])
+    axis.plot(*place, "*" if step is not None else "x", color="C0", mec="black", ms=11, zorder=4)
+    style = {"textcoords": "axes fraction", "ha": "center", "fontsize": 9}
+    arrow = {"arrowstyle": "->", "shrinkB": 6}
+    axis.annotate(text, place, (0.73, 0.74), arrowprops=arrow, **style)
+
+
 def figure(curves: dict, path: Path):
-    """A panel per metric, a line and band per start; the variants of the base start are dashed."""
+    """ASR as far as each start was trained, with the place where the base start is as safe as ThinkSafe is without
+    GRPO; what it costs; the guard's reward, divided by the highest. Mean over seeds, 95 % bands for the starts."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, len(METRICS) + 1, figsize=(18, 3.6), layout="constrained")
-    for axis, (metric, title) in zip(axes, [*METRICS.items(), ("reward", "guard's reward ↑")]):
-        for number, (name, found) in enumerate(curves.items()):
-            points = [(step, p) for step, p in found[metric].items() if step <= STEPS]
-            x, mean, half = zip(*((step, p["mean"], p["half"]) for step, p in points))
-            axis.plot(x, mean, "-" if number < 4 else "--", color=f"C{number}", label=name)
-            low, high = [m - h for m, h in zip(mean, half)], [m + h for m, h in zip(mean, half)]
-            axis.fill_between(x, low, high, color=f"C{number}", alpha=0.12)
-        axis.set(title=title, xlabel="step", ylim=(-0.03, 1.03 if metric != "reward" else None))
-        axis.grid(alpha=0.3)
-    fig.legend(
-        *axes[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=len(curves),
-        fontsize=9,
+    titles = {**METRICS, "reward": "guard's reward ↑"}
+    lowest = {
+        metric: 0.7 if metric == "reward" else 0.8
+        for metric in titles
+        if not metric.startswith("asr")
+    }
+    rows = [["A"] * 6 + ["B"] * 6, [place for place in "CDEF" for _ in range(3)]]
+    fig, axes = plt.subplot_mosaic(
+        rows, figsize=(9, 6.4), layout="constrained", height_ratios=[1.25, 1]
     )
-    fig.savefig(path, dpi=110)
+    for axis, (metric, title) in zip(axes.values(), titles.items()):
+        for name, found in curves.items():
+            draw_curve(axis, name, found[metric], HIGHEST.get(name, 1) if metric == "reward" else 1)
+        axis.set_xlabel("GRPO step", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+        axis.set_xlim(-2, BASE_STEPS + 2)
+        if metric in lowest:
+            low = lowest[metric]
+            axis.set_ylim(low - 0.005, 1.005)
+            axis.set_title(f"{title}\nzoomed: {low:g} to 1", fontsize=9)
+            continue
+        axis.set_title(title, fontsize=10)
+        axis.set_yscale("symlog", linthresh=0.01, linscale=0.3)
+        axis.set_yticks([0, 0.01, 0.03, 0.1, 0.3, 1], ["0", "0.01", "0.03", "0.1", "0.3", "1"])
+        axis.set_yticks([], minor=True)
+        axis.set_ylim(-0.001, 1.2)
+        if {"base", "ThinkSafe"} <= curves.keys():
+            _, [level, *_], _ = lines_of(curves["ThinkSafe"][metric])
+            draw_meeting(axis, curves["base"][metric], level)
+    handles, names = axes["A"].get_legend_handles_labels()
+    style = {"loc": "outside lower center", "ncols": 4, "fontsize": 9, "title_fontsize": 9}
+    title = "starts of GRPO, with 95 % bands; dashed: variants of the base start\n"
+    title += "(the rewards of ThinkSafe-reward, at most 2, are halved)"
+    fig.legend(handles, names, title=title, **style)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
 
 
 def main():
@@ -170,7 +245,15 @@ def main():
     parser.add_argument(
         "--only", nargs="+", choices=RUNS, default=list(RUNS), help="some of the runs"
     )
+    parser.add_argument(
+        "--draw",
+        action="store_true",
+        help="draw grpo.png again from grpo.json, and do nothing else",
+    )
     options = parser.parse_args()
+    out = ROOT / "results/claims"
+    if options.draw:
+        return figure(json.loads((out / "grpo.json").read_text())["curves"], out / "grpo.png")
     folders = over_seeds(partial(run_seed, options.runs, options.only), options.seeds, options.jobs)
     curves: dict[str, dict[str, dict[int, dict]]] = {}
     for name in options.only:
@@ -207,12 +290,13 @@ def main():
         steps = [steps_until_as_safe(options.runs, seed) for seed in range(options.seeds)]
         result["GRPO's cost over ThinkSafe's"] = cost(steps, tokens(options.runs))
         lines += ["", cost_in_words(result["GRPO's cost over ThinkSafe's"])]
-    out = ROOT / "results/claims"
     out.mkdir(parents=True, exist_ok=True)
     (out / "grpo.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "grpo.md").write_text("\n".join(lines) + "\n")
     figure(curves, out / "grpo.png")
-    print("\n".join(lines))
+    print(
+        "\n".join([*lines, "", "the figure alone, from grpo.json: python bench/curves.py --draw"])
+    )
 
 
 if __name__ == "__main__":
