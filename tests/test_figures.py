@@ -1,6 +1,9 @@
 """The figures, read back from matplotlib: what is drawn where, nothing hidden, clipped or too small to read."""
 
+import json
 import re
+import shutil
+import sys
 
 import matplotlib
 
@@ -8,8 +11,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from conftest import ROOT  # noqa: E402
 
 from plumbing import figures  # noqa: E402
+
+sys.path.insert(0, str(ROOT / "bench"))
+import curves  # noqa: E402
+import plot_run  # noqa: E402
 
 JUDGES = ["first", "second:x/y", "third", "fourth:a/long-name-of-a-judge@http://host:8000/v1"]
 MODELS = [f"Qwen3-4B+Method-{letter}+GRPO" for letter in "ABCDEFGH"]
@@ -68,11 +76,13 @@ def assert_readable(figure):
     scale = 900 / (figure.get_size_inches()[0] * 72)
     renderer, boxes = figure.canvas.get_renderer(), []
     for axis in [axis for axis in figure.axes if axis.get_visible()]:
-        outer = axis.get_subplotspec().is_first_col()
-        low, high = axis.get_xlim()
-        ticks = [t for t, x in zip(axis.get_xticklabels(), axis.get_xticks()) if low <= x <= high]
+        outer = axis.get_subplotspec().is_first_col() or not axis.get_shared_y_axes().get_siblings(axis)[1:]
+        ticks = []
+        for way, (low, high) in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
+            low, high = sorted((low, high))
+            if way is axis.xaxis or outer:
+                ticks += [t for t, x in zip(way.get_ticklabels(), way.get_ticklocs()) if low <= x <= high]
         texts = [axis.title, axis.xaxis.label, axis.yaxis.label, *axis.texts, *ticks]
-        texts += axis.get_yticklabels() if outer else []
         boxes += [(t.get_text(), t) for t in texts if t.get_text() and t.get_visible()]
     boxes += [(t.get_text(), t) for t in figure.legends[0].get_texts()]
     sizes = {text: t.get_fontsize() * scale for text, t in boxes}
@@ -220,3 +230,112 @@ def test_tables_and_figures_have_the_same_columns():
     columns = figures.panels(crowded(), JUDGES)
     head = figures.markdown(crowded(), MODELS, JUDGES, {}, []).splitlines()[0]
     assert len(columns) == 12 and re.findall(r"<br>([\w.-]+)", head) == [benchmark for _, benchmark in columns]
+
+
+# bench/curves.py ------------------------------------------------------------------------------------------------------
+def committed_curves():
+    return json.loads((ROOT / "results/claims/grpo.json").read_text())["curves"]
+
+
+def drawn_curves(found, path):
+    figure = drawn(curves.figure, found, path)
+    return figure, {axis.get_title().split("\n")[0]: axis for axis in figure.axes}
+
+
+def test_learning_curves_mark_where_the_base_start_is_as_safe(tmp_path):
+    found = committed_curves()
+    figure, panels = drawn_curves(found, tmp_path / "grpo.png")
+    assert_readable(figure)
+    assert list(panels) == [*curves.METRICS.values(), "guard's reward ↑"]
+    for metric in ("asr test_plain", "asr test_wrapped"):
+        goal = np.mean(found["ThinkSafe"][metric]["0"]["values"])
+        means = {int(step): np.mean(point["values"]) for step, point in found["base"][metric].items()}
+        step = min(step for step, mean in means.items() if mean <= goal + 1e-4)
+        [text] = panels[curves.METRICS[metric]].texts
+        assert text.get_text().endswith(f"at step {step}") and f"{goal:.3f}" in text.get_text()
+        assert text.xy == (step, pytest.approx(means[step], abs=1e-4)) and 40 < step < 100
+        [star] = [line for line in panels[curves.METRICS[metric]].get_lines() if line.get_marker() == "*"]
+        assert star.get_xdata()[0] == step
+        lines = {line.get_label(): line for line in panels[curves.METRICS[metric]].get_lines()}
+        assert max(lines["base"].get_xdata()) == 100 and len(lines["base"].get_xdata()) == 11
+    halved = {line.get_label(): line for line in panels["guard's reward ↑"].get_lines()}["ThinkSafe-reward"]
+    assert halved.get_ydata()[-1] == pytest.approx(found["ThinkSafe-reward"]["reward"]["40"]["mean"] / 2)
+    for title, axis in panels.items():  # nothing is cut off
+        low, high = axis.get_ylim()
+        for line in axis.get_lines():
+            assert low <= min(line.get_ydata()) and max(line.get_ydata()) <= high, title
+
+
+def test_learning_curves_say_where_the_base_start_stays_above(tmp_path):
+    found = committed_curves()
+    base = found["base"]["asr test_wrapped"]
+    found["base"]["asr test_wrapped"] = {step: {**point, "mean": point["mean"] + 0.1} for step, point in base.items()}
+    _, panels = drawn_curves(found, tmp_path / "grpo.png")
+    [text] = panels["ASR wrapped ↓"].texts
+    assert text.get_text().startswith("base: not as low") and text.get_text().endswith("by step 100")
+
+
+# bench/plot_run.py ----------------------------------------------------------------------------------------------------
+def write_run(folder, steps, **columns):
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"step": step, **{name: of(step) for name, of in columns.items()}} for step in range(steps)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_curves_of_runs_over_one_another(tmp_path):
+    """Null columns and an unmeasured KL have no panel, what is always 0 a line of words, a growing file no harm."""
+    a = write_run(
+        tmp_path / "a/04_grpo", 30, reward=lambda s: s / 30, reward_maths=lambda s: None if s % 2 else 1.0,
+        reward_verify=lambda s: None, kl=lambda s: 0.0, clipped=lambda s: 0.0, other=lambda s: 5,
+    )  # fmt: skip
+    b = write_run(tmp_path / "b/04_grpo", 3, reward=lambda s: 0.5, loss=lambda s: float("nan"), kl=lambda s: s / 10)
+    (a / "eval.jsonl").write_text('{"step": 10, "score": 0.7, "asr x": 0.1}\n{"step": 0, "score": 0.5}\n')
+    with (b / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "rew')
+    found = dict(zip(plot_run.names_of([a, b]), map(plot_run.curves_of, (a, b))))
+    figure = drawn(plot_run.draw, found, tmp_path / "out.png")
+    panels = {axis.get_title(): axis for axis in figure.axes if axis.get_visible()}
+    assert list(panels) == ["reward ↑", "reward, maths ↑", "KL to the start", "held out: score", "held out: asr x"]
+    lines = {line.get_label(): line for line in panels["reward ↑"].get_lines()}
+    assert list(lines["b/04_grpo"].get_ydata()) == [0.5] * 3
+    assert lines["a/04_grpo"].get_ydata()[15] == pytest.approx(15 / 30)  # the mean over steps around it
+    [maths] = panels["reward, maths ↑"].get_lines()
+    assert list(maths.get_xdata()) == list(range(0, 30, 2))
+    [kl] = panels["KL to the start"].get_lines()
+    assert kl.get_label() == "b/04_grpo"
+    [score] = panels["held out: score"].get_lines()
+    assert list(score.get_xdata()) == [0, 10] and score.get_marker() == "o"
+    assert figure.legends[0].get_title().get_text() == "0 at every step: tokens clipped"
+    assert_readable(figure)
+
+
+def test_plot_run_as_a_command(tmp_path, capsys):
+    run = write_run(tmp_path / "run", 4, loss=lambda s: 1 / (s + 1))
+    plot_run.main([str(run)])
+    assert (run / "curves.png").stat().st_size > 5000 and capsys.readouterr().out == f"written: {run}/curves.png\n"
+    shutil.copy(ROOT / "results/smollm2/04_grpo_metrics.jsonl", run / "metrics.jsonl")
+    plot_run.main([str(run), "--out", str(tmp_path / "x.svg")])
+    assert "<svg" in (tmp_path / "x.svg").read_text()
+
+
+@pytest.mark.parametrize("metrics, arguments, words", [
+    (None, [], "no metrics.jsonl with steps; give the run folder"),
+    ("", [], "no metrics.jsonl with steps"),
+    ('{"step": 0, "lo', [], "no metrics.jsonl with steps"),
+    ("{oh\n", [], "metrics.jsonl, line 1: not JSON"),
+    ('{"loss": 1}\n', [], "rows without a step"),
+    ('{"step": 0, "loss": 0.0}\n', [], "nothing to draw"),
+    ('{"step": 0, "loss": 1}\n', ["run"], "twice"),
+    ('{"step": 0, "loss": 1}\n', ["--out", "x.txt"], "--out x.txt: a figure ends in"),
+    ('{"step": 0, "loss": 1}\n', ["--out", "no/x.png"], "--out no/x.png: no folder no"),
+])  # fmt: skip
+def test_plot_run_refuses_in_one_line(metrics, arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if metrics is not None:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/metrics.jsonl").write_text(metrics)
+    with pytest.raises(SystemExit) as stopped:
+        plot_run.main(["run", *arguments])
+    line = str(stopped.value)
+    assert line.startswith("error: ") and words in line and "\n" not in line
