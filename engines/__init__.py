@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import plumbing
-from common import chat_of, load_model, load_tokenizer, show_prompt, split_response
+from common import chat_of, load_model, load_tokenizer, render_chat, show_prompt, split_response
 from engines.base import DECODINGS, Reply, Sample, Sampler, Sampling, sampling_of
 
 
@@ -66,15 +66,13 @@ def answer_prompts(
 
     Returns all rows, in the order of `rows`, each with "prompt_tokens" and "samples": [{thinking,
     answer, state, finish, tokens}]. `template` are the chat template's options."""
-    from tqdm import tqdm
 
     def work(todo):
         chats = [(row["id"], chat_of(row)) for row in todo]
         if chats and isinstance(sampler, Sampler):
-            show_prompt(sampler.tokenizer, chats[0][1], **template)
+            show_once(sampler.tokenizer, chats[0][1], **template)
         tokens, began = 0, time.time()
-        hidden = plumbing.processes().process_index > 0
-        with tqdm(total=len(todo) * n, unit="response", disable=hidden) as bar:
+        with plumbing.bar_over(len(todo) * n, len(rows) * n, "response") as bar:
             for index, replies in sampler.replies(chats, n, sampling, **template):
                 start = todo[index].get("start", "")
                 samples = [sample_row(reply, start) for reply in replies]
@@ -87,6 +85,21 @@ def answer_prompts(
 
     finished = plumbing.once_per_row(path, rows, work)
     return [finished[row["id"]] for row in rows]
+
+
+SHOWN: set[str] = set()  # prompts that this program has shown
+
+
+def show_once(tokenizer, messages: list[dict], **template):
+    """The prompt as the model reads it, clear of any bar, unless just that was shown before."""
+    from tqdm import tqdm
+
+    ids, _ = render_chat(tokenizer, messages, **template)
+    text = tokenizer.decode(ids)
+    if text not in SHOWN:
+        SHOWN.add(text)
+        with tqdm.external_write_mode():
+            show_prompt(tokenizer, messages, **template)
 
 
 def sample_row(reply: Reply, start: str = "") -> dict:

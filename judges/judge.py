@@ -203,12 +203,9 @@ def label_probability(tokenizer, sample: Sample, label: re.Pattern) -> float | N
 def judge_samples(judge: Judge, rows: list[dict], path: Path, text_of) -> dict[str, list[dict]]:
     """Verdicts on `text_of(sample)` for every sample of every row: {id: [verdict, ...]}, appended
     to `path` in blocks and never computed twice."""
-    from tqdm import tqdm
 
     def work(todo):
-        hidden = plumbing.processes().process_index > 0
-        name = f"judge {judge.name}"
-        with tqdm(total=len(todo), unit="prompt", desc=name, disable=hidden) as bar:
+        with plumbing.bar_over(len(todo), len(rows), "row", f"judge {judge.name}") as bar:
             for start in range(0, len(todo), 256):
                 block = todo[start : start + 256]
                 pairs = [(row["prompt"], text_of(s)) for row in block for s in row["samples"]]

@@ -21,7 +21,7 @@ from plumbing.names import content_of, file_label, fingerprint, is_endpoint, loa
 from plumbing.names import model_config, name_pairs
 from plumbing.options import ALL_LINEAR, PRESETS, parse_options
 from plumbing.progress import grpo_history, log_check, log_grpo_step, open_accelerator
-from plumbing.progress import require_trackers
+from plumbing.progress import bar_over, one_bar, require_trackers
 from plumbing.prompts import KINDS, fill, kind_of, mixture
 from plumbing.prompts import load_held_out, load_with_boundary
 from plumbing.prompts import load_prompts, prompt_rows, read_source, read_template

@@ -1,13 +1,17 @@
-"""What a GRPO run says of itself: trackers, the table on the screen, its files, its summary."""
+"""What a run shows while it works: one bar over several files; of GRPO also trackers, the table of
+steps, its files, its summary."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 from plumbing.process import fail, processes
-from plumbing.prompts import KINDS
-from plumbing.rows import append_jsonl, reopen_jsonl
+from plumbing.prompts import KINDS, kind_of
+from plumbing.rows import append_jsonl, read_jsonl, reopen_jsonl
+from plumbing.runs import options_of
 
 COLUMNS = {  # of the table on the screen -> name in metrics.jsonl
     "reward": "reward",
@@ -56,9 +60,110 @@ def open_accelerator(options, run: Path):
     return accelerator
 
 
+# Bars ---------------------------------------------------------------------------------------------
+class SharedBar:
+    """One bar over the files of a model or judge; it comes with the first that has work left."""
+
+    def __init__(self, name: str, sizes: list[int]):
+        self.name, self.sizes = name, sizes  # rows of each file, those of this process alone
+        self.bar, self.later = None, 0
+
+    def expect(self, number: int):
+        """Files from `number` on are to come, whatever was expected of those before."""
+        self.later = sum(self.sizes[number:])
+
+    def file(self, todo: int, rows: int, unit: str):
+        """The bar, with `todo` units left of a file that was expected to have `rows`."""
+        self.later = max(0, self.later - rows)
+        if self.bar is None:
+            self.bar = new_bar(todo + self.later, unit, self.name)
+        self.bar.total = self.bar.n + todo + self.later
+        return self.bar
+
+
+SHARED: list[SharedBar] = []  # the innermost one_bar that is at work is the last
+
+
+def new_bar(total: int, unit: str, name: str):
+    from tqdm import tqdm
+
+    hidden = processes().process_index > 0
+    return tqdm(total=total, unit=unit, desc=name or None, disable=hidden, dynamic_ncols=True)
+
+
+def one_bar(files: dict, name: str, each: int = 1, kinds: tuple = KINDS) -> Iterator[tuple]:
+    """Yields (key, rows) of `files`, {key: rows}. What answer_prompts and judge_samples do in the
+    body of that loop moves one bar, which says what is left of all files: `each` units for a row of
+    these `kinds`, none for others."""
+    share, sizes = processes().num_processes, []
+    for rows in files.values():
+        counted = sum(kind_of(row) in kinds for row in rows)
+        sizes.append(math.ceil(counted * each / share))
+    shared = SharedBar(name, sizes)
+    SHARED.append(shared)
+    try:
+        for number, (key, rows) in enumerate(files.items()):
+            shared.expect(number)
+            yield key, rows
+    finally:
+        SHARED.remove(shared)
+        if shared.bar is not None:
+            shared.bar.close()
+
+
+@contextmanager
+def bar_over(todo: int, rows: int, unit: str, name: str = ""):
+    """A bar over the `todo` units that are left of a file's `rows`: the one that the files of a
+    one_bar share, else its own; with nothing left, one that is not shown."""
+    from tqdm import tqdm
+
+    if not todo:
+        with tqdm(disable=True) as bar:
+            yield bar
+    elif SHARED:
+        share = processes().num_processes
+        yield SHARED[-1].file(todo, math.ceil(rows / share), unit)
+    else:
+        with new_bar(todo, unit, name) as bar:
+            yield bar
+
+
+# GRPO's steps -------------------------------------------------------------------------------------
+def is_missing(value) -> bool:
+    return value is None or math.isnan(value)
+
+
+class StepTable:
+    """The table on the screen. A column comes with its first value, and the head is then written
+    again; "-" where a step has none."""
+
+    def __init__(self, run: Path):
+        """A run that goes on has the columns that it had."""
+        path = run / "metrics.jsonl"
+        earlier = read_jsonl(path) if path.exists() else []
+        self.columns = {name for row in earlier for name, v in row.items() if not is_missing(v)}
+        options = options_of(run) or {}
+        self.unmeasured = set() if options.get("beta", 1) else {"kl"}  # it is 0 for want of a model
+        self.head = ""
+
+    def lines(self, step: int, numbers: dict) -> list[str]:
+        self.columns |= {name for name, value in numbers.items() if not is_missing(value)}
+        names = {}
+        for title, name in COLUMNS.items():
+            if name in self.columns - self.unmeasured:
+                names[title] = name
+        head = " step" + "".join(f"{title:>9}" for title in names)
+        cells = ""
+        for name in names.values():
+            cells += f"{'-':>9}" if is_missing(numbers[name]) else f"{numbers[name]:9.3f}"
+        lines = [f"{step:5d}{cells}"] if head == self.head else [head, f"{step:5d}{cells}"]
+        self.head = head
+        return lines
+
+
 @cache
-def print_head():
-    print(" step" + "".join(f"{name:>9}" for name in COLUMNS))
+def table_of(run: Path) -> StepTable:
+    return StepTable(run)
 
 
 def log_grpo_step(run: Path, accelerator, numbers: dict, group: dict) -> dict:
@@ -66,11 +171,9 @@ def log_grpo_step(run: Path, accelerator, numbers: dict, group: dict) -> dict:
     keeps them: rounded, null where no prompt of a kind was among the step's."""
     from tqdm import tqdm
 
-    print_head()
-    cells = [f"{numbers[name]:9.3f}" for name in COLUMNS.values()]
-    tqdm.write(f"{group['step']:5d}" + "".join(cells))
     accelerator.log(numbers, group["step"])
     if processes().process_index == 0:
+        tqdm.write("\n".join(table_of(run).lines(group["step"], numbers)))
         append_jsonl(run / "samples.jsonl", [group])
     kept = {}
     for name, value in numbers.items():
