@@ -202,8 +202,7 @@ def visible_part(rows: list[dict], judges: list[str]) -> tuple[float, float]:
     """
     values = [row["value"] for row in rows]
     drawn = leading(rows, judges)  # whose intervals are drawn too
-    low = min(values + [row["low"] for row in drawn])
-    high = max(values + [row["high"] for row in drawn])
+    low, high = min(row["low"] for row in drawn), max(row["high"] for row in drawn)
     low, high = math.floor(round(20 * low, 6)) / 20, math.ceil(round(20 * high, 6)) / 20
     if min(values) >= 0.9 and low >= 0.5:
         return min(0.85, low), 1
