@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 RUNS ?= runs/demo
 GRPO := $(PY) 04_grpo.py --run $(RUNS)/04_grpo
 
-.PHONY: demo test test-vllm torture bench cost lint claims results demo-smollm2 clean
+.PHONY: demo test test-vllm torture bench cost attack lint claims results demo-smollm2 clean
 
 $(VENV)/ready: requirements-cpu.txt
 	python3 -m venv $(VENV)
@@ -66,6 +66,17 @@ bench: $(VENV)/ready  ## speed and memory beside TRL, transformers.generate and 
 
 cost: $(VENV)/ready  ## what each stage will cost for each preset, checked against the demo's runs if they are there
 	$(PY) bench/cost.py --runs $(RUNS)
+
+attack: $(VENV)/ready  ## an attacker with 128 queries a prompt on the demo's models, about MINUTES minutes on two cores
+	$(PY) bench/attack.py --out $(RUNS)/attack --models \
+		base=tiny/lrm \
+		SInternal=$(RUNS)/02_verify_sft/checkpoint \
+		ThinkSafe=$(RUNS)/03_steer_selfgen/checkpoint \
+		GRPO=$(RUNS)/04_grpo_base/checkpoint \
+		SInternal+GRPO=$(RUNS)/04_grpo_sinternal/checkpoint \
+		ThinkSafe+GRPO=$(RUNS)/04_grpo_thinksafe/checkpoint
+	mkdir -p results/attack
+	cp $(RUNS)/attack/attack.json $(RUNS)/attack/attack.md $(RUNS)/attack/attack.png results/attack/
 
 # DATA: a folder with strongreject.jsonl, xstest_safe.jsonl, math500.jsonl and gsm8k_test.jsonl, in their public spellings.
 DATA ?= data
