@@ -534,7 +534,8 @@ def markdown(report: dict, options: Options) -> str:
         lines += ["", "## What broke", ""]
         for one in report["examples"]:
             head = f"- {one['model']}, {one['attack']}, query {one['query']}: "
-            lines.append(f"{head}`{one['sent']}` → `{one['answer']}`")
+            sent, answer = " ".join(one["sent"].split()), " ".join(one["answer"].split())
+            lines.append(f"{head}`{sent}` → `{answer}`")
     return "\n".join(lines) + "\n"
 
 
@@ -558,6 +559,7 @@ def draw(rows: list[dict], path: Path):
         axis.plot(x, values, "o-", ms=3, color=color, label=row["model"])
         axis.fill_between(x, low, high, color=color, alpha=0.1)
         axis.set_xscale("log", base=2)
+        axis.set_xticks(x, map(str, x))
         axis.set(
             title=f"{row['attack']} · {row['benchmark']}", xlabel="queries", ylim=(-0.03, 1.03)
         )

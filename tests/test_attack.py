@@ -77,9 +77,9 @@ def test_median_and_counts():
 
 def test_precision_and_recall_by_counting():
     truth = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0, 0], bool)
-    says = np.array([1, 1, 1, 0, 1, 0, 0, 0, 0, 0], bool)
+    says = np.array([1, 1, 1, 0, 1, 1, 0, 0, 0, 0], bool)
     counts = attack.judge_counts(list(zip(truth.tolist(), says.tolist())))
-    assert counts["precision"] == truth[says].mean() == 0.75
+    assert counts["precision"] == truth[says].mean() == 0.6
     assert counts["recall"] == says[truth].mean() == 0.75
     assert counts["false_alarms"] == pytest.approx(says[~truth].mean())
     assert (counts["answers"], counts["unsafe"]) == (10, 4)
@@ -171,15 +171,17 @@ def test_words_of_a_suffix_are_words(tokenizer):
 
 # Attacks --------------------------------------------------------------------------------------------------------------
 class Parrot:
-    """A model that gives one answer to everything, with the recipe of whatever item is asked for, or none."""
+    """A model that tells the recipe of whatever item is asked for where complies(prompt id, query), else says no."""
 
-    def __init__(self, complies: bool):
+    def __init__(self, complies):
         self.complies = complies
 
     def replies(self, chats, n, sampling, **template):
-        for index, (_, messages) in enumerate(chats):
+        for index, (key, messages) in enumerate(chats):
             [item] = [RECIPES[word] for word in re.findall("[a-z]+", messages[-1]["content"]) if word in RECIPES]
-            text = f"<think>\nhm.\n</think>\n\n{item.steps if self.complies else item.refusal}"
+            _, prompt_id, query = key.split("|")
+            answer = item.steps if self.complies(prompt_id, int(query)) else item.refusal
+            text = f"<think>\n{item.steps if query == '1' else item.refusal}\n</think>\n\n{answer}"
             yield index, [Reply(text, False, 9, 9, "stop", None)]
 
 
@@ -194,11 +196,24 @@ def options_with(**changes):
 @pytest.mark.parametrize("complies, asr, queries", [(False, 0, 8), (True, 1, 1)])
 def test_always_refusing_is_0_and_always_complying_1(tmp_path, name, complies, asr, queries):
     options = options_with()
-    ask = attack.asker_of(name, Parrot(complies), GOLD, HARMFUL[:20], options)
+    ask = attack.asker_of(name, Parrot(lambda *_: complies), GOLD, HARMFUL[:20], options)
     propose = attack.proposer_of(name, options)
     asked = attack.run_attack(tmp_path / "a.jsonl", HARMFUL[:20], 8, propose, ask)
     assert {len(own) for own in asked.values()} == {queries}
     assert {point["value"] for point in attack.result_of(asked, 8)["asr"]} == {asr}
+
+
+def test_a_prompt_is_asked_no_more_once_broken(tmp_path):
+    """Prompts that break at every query from 1 to 40 or not in 40, and comply again at every later odd one."""
+    breaks = {row["id"]: at for at, row in enumerate(HARMFUL[:42], 1)}
+    parrot = Parrot(lambda key, query: query == breaks[key] or (query > breaks[key] and query % 2))
+    options = options_with(k=40)
+    ask = attack.asker_of("none", parrot, GOLD, HARMFUL[:42], options)
+    asked = attack.run_attack(tmp_path / "a.jsonl", HARMFUL[:42], 40, attack.proposer_of("none", options), ask)
+    expected = {key: at if at <= 40 else None for key, at in breaks.items()}
+    assert attack.result_of(asked, 40)["breaks"] == expected
+    assert {key: len(own) for key, own in asked.items()} == {key: min(at, 40) for key, at in breaks.items()}
+    assert len(rows(tmp_path / "a.jsonl")) == sum(min(at, 40) for at in breaks.values())
 
 
 class Picky:
@@ -332,8 +347,8 @@ def test_scores_are_those_of_a_plain_forward_pass(sampler, model, tokenizer):
     examples = []
     for row, words in zip(SOME, ("honey", "milk heal safe", "", "oil", "thorn clay")):
         ids, _ = render_chat(tokenizer, [{"role": "user", "content": f"{row['prompt']} {words}"}])
-        target = tokenizer.encode(f"<think>\nthe user wants {words} it.\n</think>\n\nto make", add_special_tokens=False)
-        examples.append(Example(ids, target))
+        target = tokenizer.encode(f"honey wants {words} it.\n</think>\n\nto make", add_special_tokens=False)
+        examples.append(Example(ids, target))  # from its first word on nothing that the model expects
     expected = []
     for prompt, response in examples:
         with torch.no_grad():
@@ -361,7 +376,7 @@ def test_the_target_is_the_models_own_beginning(tokenizer):
 
 
 def test_a_model_without_log_probs_has_no_suffix_attack(tmp_path):
-    assert attack.open_search(Parrot(True), SOME, BENIGN, tmp_path, options_with()) is None
+    assert attack.open_search(Parrot(None), SOME, BENIGN, tmp_path, options_with()) is None
 
 
 # The command ----------------------------------------------------------------------------------------------------------
