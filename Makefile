@@ -67,7 +67,7 @@ bench: $(VENV)/ready  ## speed and memory beside TRL, transformers.generate and 
 cost: $(VENV)/ready  ## what each stage will cost for each preset, checked against the demo's runs if they are there
 	$(PY) bench/cost.py --runs $(RUNS)
 
-attack: $(VENV)/ready  ## an attacker with 128 queries a prompt on the demo's models, about MINUTES minutes on two cores
+attack: $(VENV)/ready  ## an attacker with 128 queries a prompt on the demo's models, about four minutes on two idle cores
 	$(PY) bench/attack.py --out $(RUNS)/attack --models \
 		base=tiny/lrm \
 		SInternal=$(RUNS)/02_verify_sft/checkpoint \

@@ -177,6 +177,7 @@ class Parrot:
         self.complies = complies
 
     def replies(self, chats, n, sampling, **template):
+        assert (n, sampling.temperature, sampling.top_p, sampling.top_k) == (1, 1.0, 1.0, 0)
         for index, (key, messages) in enumerate(chats):
             [item] = [RECIPES[word] for word in re.findall("[a-z]+", messages[-1]["content"]) if word in RECIPES]
             _, prompt_id, query = key.split("|")
