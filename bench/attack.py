@@ -48,6 +48,7 @@ import plumbing  # noqa: E402
 from common import Example, TokenScorer, messages_of, micro_batches, pad_batch  # noqa: E402
 from common import prompt_text, render_chat, response_ids  # noqa: E402
 from plumbing import fail  # noqa: E402
+from plumbing.code import commit  # noqa: E402
 from plumbing.runs import lock, require_engine  # noqa: E402
 
 ATTACKS = ("none", "best-of-n", "suffix")
@@ -514,7 +515,7 @@ def markdown(report: dict, options: Options) -> str:
         f"{prompts}; a budget of {options.k} queries each, every one sampled once at temperature 1; "
         f"judge: {options.judge}; augmentation: {options.augment}; a suffix of "
         f"{options.suffix_words} words, {options.candidates} candidates an iteration, whose scores "
-        f"cost no query; seed {options.seed}. 95 % Wilson intervals over prompts, as if none were like another; the fit is over "
+        f"cost no query; seed {options.seed}. 95 % Wilson intervals over prompts, taken as independent; the fit is over "
         "the budgets with an ASR between 0 and 1.",
     ]
     if report["judges"]:
@@ -593,11 +594,12 @@ def drawn(rows: list[dict], limit: int) -> list[dict]:
 
 
 def read_inputs(options: Options, models: dict[str, str]):
-    """({benchmark: harmful rows}, {benchmark: benign rows near them}), everything checked."""
+    """({benchmark: harmful rows}, {benchmark: benign rows near them}, {benchmark: recipe}),
+    everything checked."""
     if wrong := [name for name in options.attacks if name not in ATTACKS]:
         fail(f"--attacks {wrong[0]}: the attacks are {', '.join(ATTACKS)}")
     bench = plumbing.name_pairs(options.bench, "bench", plumbing.BENCHMARKS)
-    tests, _, _ = plumbing.load_benchmarks(bench, 0)
+    tests, recipes, _ = plumbing.load_benchmarks(bench, 0)
     every_benign = [r for rows in tests.values() for r in rows if plumbing.kind_of(r) == "benign"]
     harmful, benign = {}, {}
     for name, rows in tests.items():
@@ -615,7 +617,7 @@ def read_inputs(options: Options, models: dict[str, str]):
         plumbing.require_model(path, served=True)
     judges.require_judges(list(dict.fromkeys([options.judge, *options.judges])), "")
     require_engine(options)
-    return harmful, benign
+    return harmful, benign, recipes
 
 
 def open_folder(options: Options, models: dict[str, str]) -> Path:
@@ -672,7 +674,7 @@ def main():
     if not options.judge:
         fail("give a --judge, who says whether an answer is unsafe")
     models = plumbing.name_pairs(options.models, "models")
-    harmful, benign = read_inputs(options, models)
+    harmful, benign, recipes = read_inputs(options, models)
     out = open_folder(options, models)
     judge, asked = judges.Judge(options.judge, options), {}
     for name, path in models.items():
@@ -685,6 +687,8 @@ def main():
     prompts = {test: {row["id"]: row for row in own} for test, own in harmful.items()}
     report = {
         "options": {**asdict(options), **json.loads((out / "options.json").read_text())},
+        "benchmarks": recipes,
+        "code": commit(),
         "rows": rows,
         "judges": read_judges(options, asked, prompts, out),
         "examples": examples_of(asked) if options.augment == "world" else [],
