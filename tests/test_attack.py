@@ -377,7 +377,8 @@ def test_the_target_is_the_models_own_beginning(tokenizer):
 
 
 def test_a_model_without_log_probs_has_no_suffix_attack(tmp_path):
-    assert attack.open_search(Parrot(None), SOME, BENIGN, tmp_path, options_with()) is None
+    for served in (Parrot(None), SimpleNamespace(model="tiny/lrm")):  # a server's model is a name
+        assert attack.open_search(served, SOME, BENIGN, tmp_path, options_with()) is None
 
 
 # The command ----------------------------------------------------------------------------------------------------------
