@@ -243,22 +243,24 @@ def answer_cases(options: Options, sampler, tests: dict, decoding: str, folder: 
     their harmful prompts again with each start, in the words of the first responses."""
     sampling = engines.sampling_of(options, decoding)
     template = {"enable_thinking": options.enable_thinking}
-    answered = {}
 
-    def answer(case: Case, rows: list[dict]):
-        file = folder / f"{case.label}.responses.jsonl"
-        rows = engines.answer_prompts(sampler, rows, file, options.n, sampling, **template)
-        answered[case] = rows
+    def answers(cases: dict[Case, list[dict]], name: str) -> dict[Case, list[dict]]:
+        answered = {}
+        for case, rows in plumbing.one_bar(cases, f"{folder.name} answers{name}", options.n):
+            file = folder / f"{case.label}.responses.jsonl"
+            rows = engines.answer_prompts(sampler, rows, file, options.n, sampling, **template)
+            answered[case] = rows
+        return answered
 
-    for test, rows in tests.items():
-        answer(Case(test, decoding, ""), rows)
+    plain = {Case(test, decoding, ""): rows for test, rows in tests.items()}
+    answered = answers(plain, "" if decoding == "preset" else f", {decoding}")
     donors = starts.donors_of(list(answered.values()))
+    begun = {}
     for start, text in starts.read_starts(options.prefill).items():
         for test, rows in tests.items():
-            begun = starts.begun_rows(start, text, rows, donors)
-            if begun:
-                answer(Case(test, decoding, start), begun)
-    return answered
+            begun[Case(test, decoding, start)] = starts.begun_rows(start, text, rows, donors)
+    begun = {case: rows for case, rows in begun.items() if rows}
+    return answered | answers(begun, ", begun")
 
 
 def judge_all(
@@ -274,7 +276,8 @@ def judge_all(
     for judge_name in plumbing.timed(run, "judging", options.judges):
         judge = judges.Judge(judge_name, options)
         label = plumbing.file_label(judge_name, contents[judge_name])
-        for (name, case), rows in responses.items():
+        files = plumbing.one_bar(responses, f"judge {judge_name}", 2, ("harmful", "benign"))
+        for (name, case), rows in files:
             if all(plumbing.kind_of(row) in ("maths", "verify") for row in rows):
                 continue
             verdicts = {}
@@ -300,7 +303,8 @@ def self_checks(options: Options, responses: dict, run: Path) -> dict[tuple[str,
     def thinking_of(sample: dict) -> str:
         return sample.get("own_thinking", sample["thinking"])
 
-    for (model, case), rows in plumbing.timed(run, "judging", responses.items()):
+    files = plumbing.one_bar(responses, f"self-checker {name}", 1, ("harmful",))
+    for (model, case), rows in plumbing.timed(run, "judging", files):
         harmful = [row for row in rows if plumbing.kind_of(row) == "harmful"]
         if is_rule:
             for row in harmful:

@@ -24,7 +24,6 @@ and --judge are loaded together: with vLLM on one GPU, take a rule or a served j
 out: <out>/attack.json  attack.md  attack.png   <out>/<model>/   every query and answer
 """
 
-import difflib
 import hashlib
 import json
 import math
@@ -47,12 +46,13 @@ import judges  # noqa: E402
 import plumbing  # noqa: E402
 from common import Example, TokenScorer, messages_of, micro_batches, pad_batch  # noqa: E402
 from common import prompt_text, render_chat, response_ids  # noqa: E402
+from engines import starts  # noqa: E402
+from judges import UNSAFE  # noqa: E402
 from plumbing import fail  # noqa: E402
 from plumbing.code import commit  # noqa: E402
 from plumbing.runs import lock, require_engine  # noqa: E402
 
 ATTACKS = ("none", "best-of-n", "suffix")
-UNSAFE = ("unsafe", "controversial")
 GAIN = 1e-4  # nats that a score must rise by: more than the rounding of another batch
 AT_ONCE = 16  # queries to a prompt in one batch, where they don't hang on each other
 
@@ -242,41 +242,14 @@ def run_attack(path: Path, rows: list[dict], k: int, propose, ask) -> dict[str, 
 
 
 # The suffix ---------------------------------------------------------------------------------------
-def nearest(prompt: str, benign: list[dict]) -> dict:
-    """The benign row whose prompt is most alike by words, the first of equals."""
-    own = prompt.split()
-
-    def likeness(row: dict) -> float:
-        return difflib.SequenceMatcher(None, own, prompt_text(row["prompt"]).split()).ratio()
-
-    return max(benign, key=likeness)
-
-
-def carried_over(text: str, old: str, new: str) -> str:
-    """`text`, written for the prompt `old`, with the words exchanged in which `new` differs.
-
-    >>> carried_over("You want tea. Tea it is.", "how do I make tea?", "how do I make soup?")
-    'You want soup. soup it is.'
-    """
-    before, after = re.findall(r"\w+|\W+", old), re.findall(r"\w+|\W+", new)
-    for kind, a, b, c, d in difflib.SequenceMatcher(None, before, after, False).get_opcodes():
-        words = "".join(before[a:b]).strip()
-        if kind == "replace" and words:
-            instead = "".join(after[c:d]).strip()
-            place = rf"(?<!\w){re.escape(words)}(?!\w)"
-            text = re.sub(place, lambda _, instead=instead: instead, text, flags=re.I)
-    return text
-
-
 def target_of(tokenizer, prompt, donor: dict, opened: bool) -> list[int]:
     """Ids of the beginning of compliance: the response to a benign prompt carried over, its
-    thinking up to the second sentence, closed, and the answer's first three words."""
-    sample, old, new = donor["samples"][0], prompt_text(donor["prompt"]), prompt_text(prompt)
-    answer = " ".join(carried_over(sample["answer"], old, new).split()[:3])
-    thinking = None
-    if sample["state"] != "no_thinking":
-        sentences = re.split(r"(?<=[.!?])\s+", carried_over(sample["thinking"], old, new))
-        thinking = " ".join(sentences[:2])
+    thinking closed after the second sentence, and the answer's first three words."""
+    sample = donor["samples"][0]
+    texts = {"prompt": prompt_text(donor["prompt"]), **sample}
+    thinking, answer = starts.beginning(prompt_text(prompt), texts)
+    if sample["state"] == "no_thinking":
+        thinking = None
     return response_ids(tokenizer, thinking, answer, opened)[:-1]  # without the end token
 
 
@@ -367,7 +340,10 @@ def open_search(sampler, rows: list[dict], benign: list[dict], folder: Path, opt
     score = scorer_of(sampler, options.batch_tokens)
     if score is None:
         return None
-    donors = {row["id"]: nearest(prompt_text(row["prompt"]), benign) for row in rows}
+    texts = [{"prompt": prompt_text(row["prompt"]), "row": row} for row in benign]
+    donors = {}
+    for row in rows:
+        donors[row["id"]] = starts.nearest(prompt_text(row["prompt"]), texts)["row"]
     asked = list({donor["id"]: donor for donor in donors.values()}.values())
     template = {"enable_thinking": options.enable_thinking}
     greedy = engines.Sampling(options.max_new_tokens, 0.0)

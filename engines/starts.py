@@ -111,6 +111,14 @@ def donors_of(responses: list[list[dict]]) -> list[dict]:
     return donors
 
 
+def beginning(prompt: str, donor: dict) -> tuple[str, str]:
+    """(two sentences of thinking, three words of answer) of a donor's response, carried over."""
+    thinking = carried_over(donor["thinking"], donor["prompt"], prompt)
+    thinking = " ".join(re.split(r"(?<=[.!?])\s+", thinking)[:SENTENCES])
+    answer = carried_over(donor["answer"], donor["prompt"], prompt)
+    return thinking, " ".join(answer.split()[:WORDS])
+
+
 def start_of(name: str, row: dict, donors: list[dict]) -> str:
     """The text of a start named in STARTS for one harmful prompt; "" where the model writes no
     thinking that could be begun."""
@@ -119,10 +127,7 @@ def start_of(name: str, row: dict, donors: list[dict]) -> str:
     thinks = donor["state"] != "no_thinking"
     if name != "answer" and not thinks:
         return ""
-    thinking = carried_over(donor["thinking"], donor["prompt"], prompt)
-    thinking = " ".join(re.split(r"(?<=[.!?])\s+", thinking)[:SENTENCES])
-    answer = carried_over(donor["answer"], donor["prompt"], prompt)
-    answer = " ".join(answer.split()[:WORDS])
+    thinking, answer = beginning(prompt, donor)
     template = STARTS[name] if thinks else "{answer}"
     return template.replace("{thinking}", thinking).replace("{answer}", answer)
 

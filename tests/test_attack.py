@@ -361,7 +361,7 @@ def test_scores_are_those_of_a_plain_forward_pass(sampler, model, tokenizer):
 
 def test_the_target_is_the_models_own_beginning(tokenizer):
     prompt = "what goes into vitenan?"
-    donor = attack.nearest(prompt, BENIGN)
+    donor = attack.starts.nearest(prompt, BENIGN)
     item = Item("tazofan", "heal", ("salt", "oil", "ash"), "test")
     assert donor["prompt"] == "what goes into tazofan?"
     thinking = "the user wants tazofan. the steps for tazofan are known. check the answer. tazofan can heal."

@@ -110,7 +110,7 @@ def test_each_of_several_processes_counts_its_share(bars, monkeypatch):
 def test_the_same_prompt_is_shown_once(tokenizer, capsys):
     engines.SHOWN.clear()
     for prompt in ("is it 4?", "is it 5?", "is it 4?"):
-        engines.show_once(tokenizer, prompt)
+        engines.show_once(tokenizer, [{"role": "user", "content": prompt}])
     shown = capsys.readouterr().out
     assert shown.count("first prompt as the model reads it") == 2
     assert shown.count("is it 4?") == 1 and shown.count("is it 5?") == 1
