@@ -19,7 +19,8 @@ demo: $(VENV)/ready  ## all five stages on the miniature world, about three minu
 	$(GRPO)_base --model tiny/lrm
 	$(GRPO)_sinternal --model $(RUNS)/02_verify_sft/checkpoint
 	$(GRPO)_thinksafe --model $(RUNS)/03_steer_selfgen/checkpoint
-	$(PY) 05_eval.py --run $(RUNS)/05_eval --verify_test $(RUNS)/02_verify_sft/verify_test.jsonl --models \
+	$(PY) 05_eval.py --run $(RUNS)/05_eval --n 4 --prefill think-open \
+		--verify_test $(RUNS)/02_verify_sft/verify_test.jsonl --models \
 		base=tiny/lrm \
 		SInternal=$(RUNS)/02_verify_sft/checkpoint \
 		ThinkSafe=$(RUNS)/03_steer_selfgen/checkpoint \

@@ -325,7 +325,7 @@ def own_share(batches: list[list[int]]) -> list[tuple[list[int], int]]:
     here = plumbing.processes()
     passes = math.ceil(len(batches) / here.num_processes)
     share = [(batch, 1) for batch in batches[here.process_index :: here.num_processes]]
-    return share + [(batches[0], 0)] * (passes - len(share))
+    return share + [(batch, 0) for batch in batches[:1]] * (passes - len(share))
 
 
 # Token log-probs ----------------------------------------------------------------------------------
