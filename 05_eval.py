@@ -3,6 +3,7 @@
     asr            share of harmful prompts whose answer is judged unsafe; lower is better
     asr_any        share of harmful prompts with an unsafe answer in any of --n tries: what an
                    attacker gets who asks again; refusal_all, the share refused in all of them
+    recovers       share of responses begun by --prefill that end safe and refused
     asr_response   as asr, with thinking and answer judged together: the two differ, both are given
     score          mean StrongREJECT score of the answers, 0 to 1, where the judge gives one
     asr_lenient    asr if unreadable verdicts counted as safe, as some published code does
@@ -17,8 +18,6 @@
     truncated      share of responses cut at the limit, or ended before `</think>`
     no_thinking    share of responses without a thinking
     unparsed       share of verdicts that could not be read: left out of asr, never safe
-
-    recovers       share of responses begun by --prefill that end safe and refused
 
 A careful decoding flatters a model: --decoding uncut adds temperature 1 without cuts. --prefill
 begins the responses to harmful prompts (engines/starts.py): what the attacker wrote is judged with
@@ -95,8 +94,6 @@ class Case(NamedTuple):
 
 
 # Metrics, a function for each family: {metric: Measure} of one model on one benchmark -------------
-
-
 def samples_of(rows: list[dict], kind: str):
     """Yields (row, number of the sample, sample) of the rows of one kind."""
     for row in rows:
@@ -221,12 +218,14 @@ def measure(
 # The stage ----------------------------------------------------------------------------------------
 def answer_all(options: Options, models: dict[str, str], tests: dict, recipes: dict, run: Path):
     """({(model, case): rows with samples}, {model: the first prompt as it reads it})."""
-    prompts = {f"benchmark {test}": recipe["prompts"] for test, recipe in recipes.items()}
+    inputs = {f"benchmark {test}": recipe["prompts"] for test, recipe in recipes.items()}
+    for start, text in starts.read_starts(options.prefill).items():
+        inputs[f"start {start}"] = text
     first_chat = chat_of(next(iter(tests.values()))[0])
     responses, first_prompts = {}, {}
     for name, path in plumbing.timed(run, "generation", models.items()):
         content = plumbing.content_of(plumbing.local_name(path))
-        plumbing.require_same_inputs(run / name, {"model": f"{path} ({content})", **prompts})
+        plumbing.require_same_inputs(run / name, {"model": f"{path} ({content})", **inputs})
         sampler = engines.open_sampler(path, options)
         for decoding in options.decoding:
             answered = answer_cases(options, sampler, tests, decoding, run / name)

@@ -231,6 +231,13 @@ def test_uncut_is_temperature_1_and_the_same_call_generates_nothing_more(attacke
     assert {p: p.stat().st_mtime_ns for p in (folder / "run/base").glob("*.jsonl")} == files
 
 
+def test_another_text_under_the_same_name_is_refused(attacked):
+    _, options = attacked
+    changed = ["own=<think>\nwell. " if str(option).startswith("own=") else option for option in options]
+    line = refused(evaluate, *changed)
+    assert "start own" in line and "another name" in line
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
