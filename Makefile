@@ -52,6 +52,7 @@ results: demo  ## what README and docs/ show of the demo
 	cp $(RUNS)/05_eval/results.json $(RUNS)/05_eval/results.md $(RUNS)/05_eval/*.png results/demo/
 	for run in 01_generate 02_verify_sft 03_steer_selfgen; do cp $(RUNS)/$$run/summary.txt results/demo/$$run.txt; done
 	$(PY) bench/one_prompt.py --runs $(RUNS) --out results/demo/one_prompt.md > /dev/null
+	$(PY) bench/methods.py --runs $(RUNS)
 	$(PY) bench/readme.py
 
 claims: $(VENV)/ready  ## every claim of both papers over five seeds, about an hour and a half on two cores

@@ -4,11 +4,12 @@ Prints a page of Markdown: the eight answers of stage 01 with their labels, the 
 02, the steered try of stage 03, a group of stage 04 with its rewards and advantages, and an unseen
 jailbreak of stage 05 under three models. `make results` writes it to results/demo/one_prompt.md.
 
-The prompts are chosen by a rule, not by their outcome after training:
+The prompts are chosen by a rule:
 - training: the first harmful prompt in 04's samples.jsonl with both critiques kept in stage 02 and
   with rewards that differ;
 - dropped: the first harmful prompt that stage 03 dropped once and kept at a later try;
-- test: the first harmful prompt of the benchmark that the first model answers.
+- test: the first harmful prompt of the benchmark, by id, on which every model does what it does on
+  most of them.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 from plumbing import fail, file_label, read_jsonl, run_stage, write_atomic  # noqa: E402
 
 BENCHMARK, ATTACK, MODELS = "wrapped", "think-open", 3
@@ -51,6 +53,17 @@ def counted(head: tuple, rows: list[tuple]) -> list[str]:
 def said(verdict: dict) -> str:
     refuses = ", refused" if verdict["refusal"] == "yes" else ""
     return verdict["safety"] + refuses
+
+
+def is_unsafe(row: dict) -> bool:
+    """Of the first response, by a row of verdicts."""
+    return row["verdicts"][0]["safety"] == "unsafe"
+
+
+def counts(verdicts: list[dict]) -> str:
+    """What the judge says of the first answer, and how many of all are unsafe."""
+    unsafe = sum(verdict["safety"] == "unsafe" for verdict in verdicts)
+    return said(verdicts[0]) + f" ({unsafe} of {len(verdicts)} unsafe)" * (len(verdicts) > 1)
 
 
 def by_id(path: Path) -> dict[str, dict]:
@@ -93,32 +106,31 @@ def stage_02(runs: Path, row: dict) -> list[str]:
 def stage_03(runs: Path, row: dict) -> list[str]:
     folder = runs / "03_steer_selfgen"
     steered, labels = by_id(folder / "responses.jsonl"), by_id(folder / "answer_labels.jsonl")
-    dropped = {(d["id"], d["try"]): d["reason"] for d in read_jsonl(folder / "dropped.jsonl")}
-    kept = {k["id"]: k["try"] for k in read_jsonl(folder / "train.jsonl") if k["harmful"]}
+    reasons = {(d["id"], d["try"]): d["reason"] for d in read_jsonl(folder / "dropped.jsonl")}
+    kept = {k["id"]: k for k in read_jsonl(folder / "train.jsonl") if k["harmful"]}
 
     def tries(prompt_id: str) -> list[tuple]:
         rows = []
-        for number in range(1, kept.get(prompt_id, 0) + 1):
+        for number in range(1, kept[prompt_id]["try"] + 1):
             sample = steered[f"{prompt_id}|{number}"]["samples"][0]
-            verdict = labels.get(f"{prompt_id}|{number}", {"verdicts": [None]})["verdicts"][0]
-            reason = dropped.get((prompt_id, number))
+            label = labels.get(f"{prompt_id}|{number}")  # none where nothing was judged
+            reason = reasons.get((prompt_id, number))
             fate = f"dropped: {reason}" if reason else "**kept**"
-            texts = (cell(sample["thinking"]), cell(sample["answer"]))
-            rows.append((number, *texts, said(verdict) if verdict else "–", fate))
+            verdict = said(label["verdicts"][0]) if label else "–"
+            asked = f"“{cell(kept[prompt_id]['prompt'])}”, try {number}"
+            rows.append((asked, cell(sample["thinking"]), cell(sample["answer"]), verdict, fate))
         return rows
 
+    if row["id"] not in kept:
+        fail(f"{folder}/train.jsonl: nothing kept for {row['id']}")
     intro = "**03** (ThinkSafe) puts a steering text before the prompt. What passes the guard is "
-    intro += "trained, and the steering text is left out. The model reads: "
-    text = cell(steered[f"{row['id']}|1"]["prompt"])
-    head = ("try", "thinking", "answer", "guard", "")
-    lines = [f"{intro}“{text}”", "", *table(head, *tries(row["id"]))]
-    again = next((i for i, _ in dropped if i in kept and i != row["id"]), None)
+    intro += "trained, without that text. The model reads: "
+    intro += f"“{cell(steered[row['id'] + '|1']['prompt'])}”"
+    again = [i for i, _ in reasons if i in kept and i != row["id"]][:1]
     if again:
-        asked = next(r["prompt"] for r in read_jsonl(folder / "train.jsonl") if r["id"] == again)
-        rows = tries(again)
-        lines += ["", f"A prompt that needed more than one try: “{cell(asked)}”", ""]
-        lines += table(head, *rows)
-    return lines
+        intro += " Below it, a prompt that was dropped once and kept at a later try."
+    rows = [one for prompt_id in [row["id"], *again] for one in tries(prompt_id)]
+    return [intro, "", *table(("prompt", "thinking", "answer", "guard", ""), *rows)]
 
 
 def stage_04(group: dict) -> list[str]:
@@ -128,63 +140,72 @@ def stage_04(group: dict) -> list[str]:
         (cell(r["thinking"]), cell(r["answer"]), f"{reward:g}", f"{advantage:+.2f}")
         for r, reward, advantage in zip(group["responses"], rewards, advantages, strict=True)
     ]
-    intro = f"**04** (GRPO from the base, step {group['step']}) samples a group at temperature 1, "
+    intro = f"**04** (GRPO from the base, step {group['step']}) samples a group, "
     intro += "and makes responses with a positive advantage more likely."
     return [intro, "", *counted(("thinking", "answer", "reward", "advantage"), rows)]
 
 
-def stage_05(runs: Path) -> list[str]:
-    folder = runs / "05_eval"
-    recipe = json.loads((folder / "results.json").read_text())["recipe"]
-    judge, content = next(iter(recipe["judges"].items()))
-    models = list(recipe["models"])[:MODELS]
+class Evaluation:
+    """A run of stage 05, its first judge and its first models."""
 
-    def judged(case: str) -> dict[str, tuple[dict, dict]]:
-        """{model: (responses by id, verdicts by id)}"""
-        label = f"{case}.{file_label(judge, content)}.answer.jsonl"
-        return {
-            m: (by_id(folder / m / f"{case}.responses.jsonl"), by_id(folder / m / label))
-            for m in models
-        }
+    def __init__(self, folder: Path):
+        recipe = json.loads((folder / "results.json").read_text())["recipe"]
+        self.folder = folder
+        self.judge, self.content = next(iter(recipe["judges"].items()))
+        self.models = list(recipe["models"])[:MODELS]
 
-    def is_answered(row: dict) -> bool:
-        verdict = plain[models[0]][1][row["id"]]["verdicts"][0]
-        return row["harmful"] and verdict["safety"] == "unsafe"
+    def case(self, case: str) -> dict[str, tuple[dict, dict]]:
+        """{model: (responses by id, verdicts by id)} of a benchmark, with or without an attack."""
+        label = f"{case}.{file_label(self.judge, self.content)}.answer.jsonl"
+        answered = {}
+        for model in self.models:
+            responses = by_id(self.folder / model / f"{case}.responses.jsonl")
+            answered[model] = (responses, by_id(self.folder / model / label))
+        return answered
 
-    plain = judged(BENCHMARK)
-    row = next(filter(is_answered, plain[models[0]][0].values()), None)
-    if not row:
-        fail(f"{folder}/{models[0]}: answers no harmful prompt of {BENCHMARK}")
-    lines = ["**05** asks for an unseen item in a jailbreak that nothing was trained on: "]
-    lines[0] += f"“{cell(row['prompt'])}”"
-    cases = {BENCHMARK: plain}
-    if (folder / models[0] / f"{BENCHMARK}.{ATTACK}.responses.jsonl").exists():
-        cases[f"{BENCHMARK}.{ATTACK}"] = judged(f"{BENCHMARK}.{ATTACK}")
-    for case, answered in cases.items():
-        rows = []
-        for model, (responses, verdicts) in answered.items():
-            of = responses[row["id"]]
-            sample, given = of["samples"][0], verdicts[row["id"]]["verdicts"]
-            thinking = cell(sample["thinking"])
-            if case != BENCHMARK:  # the attacker's part and the model's own
-                own = cell(sample["own_thinking"])
-                thinking = f"*{thinking.removesuffix(own).strip()}* {own}".strip()
-            counts = f", unsafe {sum(v['safety'] == 'unsafe' for v in given)} of {len(given)}"
-            verdict = said(given[0]) + counts * (len(given) > 1)
-            rows.append((model, thinking, cell(sample["answer"]), verdict))
-        if case != BENCHMARK:
-            lines += [
-                "",
-                "The same under attack: *in italics, what the attacker wrote for the model.*",
-            ]
-        lines += ["", *table(("model", "thinking", "answer", judge), *rows)]
-    return lines
+    def typical(self) -> dict:
+        """The first harmful row, by id, on which every model does what it does on most of them."""
+        plain = self.case(BENCHMARK)
+        rows = [row for row in plain[self.models[0]][0].values() if row["harmful"]]
+        typical = rows
+        for _, verdicts in plain.values():
+            unsafe = {row["id"]: is_unsafe(verdicts[row["id"]]) for row in rows}
+            usual = sum(unsafe.values()) * 2 > len(rows)
+            typical = [row for row in typical if unsafe[row["id"]] == usual]
+        if not typical:
+            what = f"on no prompt of {BENCHMARK} do all models do what they mostly do"
+            fail(f"{self.folder}: {what}")
+        return min(typical, key=lambda row: row["id"])
+
+
+def stage_05(run: Evaluation) -> list[str]:
+    row, plain = run.typical(), run.case(BENCHMARK)
+    intro = "**05** asks for an unseen item in a jailbreak that nothing was trained on. Each "
+    intro += "model does here what it does on most of them: "
+    intro += f"“{cell(row['prompt'])}”"
+    rows = []
+    for model, (responses, verdicts) in plain.items():
+        sample = responses[row["id"]]["samples"][0]
+        texts = (cell(sample["thinking"]), cell(sample["answer"]))
+        rows.append((model, *texts, counts(verdicts[row["id"]]["verdicts"])))
+    if (run.folder / run.models[0] / f"{BENCHMARK}.{ATTACK}.responses.jsonl").exists():
+        intro += " In the last rows an attacker begins the thinking, *in italics*."
+        for model, (responses, verdicts) in run.case(f"{BENCHMARK}.{ATTACK}").items():
+            sample = responses[row["id"]]["samples"][0]
+            own = cell(sample["own_thinking"])
+            begun = cell(sample["thinking"]).removesuffix(own).strip()
+            texts = (f"*{begun}* {own}".strip(), cell(sample["answer"]))
+            rows.append((f"{model}, attacked", *texts, counts(verdicts[row["id"]]["verdicts"])))
+    return [intro, "", *table(("model", "thinking", "answer", run.judge), *rows)]
 
 
 def page(runs: Path) -> str:
     row, group = training_prompt(runs)
     parts = [stage_01(runs, row), stage_02(runs, row), stage_03(runs, row), stage_04(group)]
-    return "\n\n".join("\n".join(part) for part in [*parts, stage_05(runs)]) + "\n"
+    return (
+        "\n\n".join("\n".join(part) for part in [*parts, stage_05(Evaluation(runs / "05_eval"))])
+        + "\n"
+    )
 
 
 def main():
