@@ -55,6 +55,11 @@ def said(verdict: dict) -> str:
     return verdict["safety"] + refuses
 
 
+def shown(number: float, form: str) -> str:
+    """A reward or advantage; a response without a verdict that can be read has none."""
+    return "–" if math.isnan(number) else format(number, form)
+
+
 def is_unsafe(row: dict) -> bool:
     """Of the first response, by a row of verdicts."""
     return row["verdicts"][0]["safety"] == "unsafe"
@@ -137,7 +142,7 @@ def stage_04(group: dict) -> list[str]:
     rewards = [math.nan if r["reward"] is None else r["reward"] for r in group["responses"]]
     advantages = import_module("04_grpo").group_advantages(torch.tensor([rewards]))[0].tolist()
     rows = [
-        (cell(r["thinking"]), cell(r["answer"]), f"{reward:g}", f"{advantage:+.2f}")
+        (cell(r["thinking"]), cell(r["answer"]), shown(reward, "g"), shown(advantage, "+.2f"))
         for r, reward, advantage in zip(group["responses"], rewards, advantages, strict=True)
     ]
     intro = f"**04** (GRPO from the base, step {group['step']}) samples a group, "

@@ -1,0 +1,384 @@
+"""README.md and docs/: filled from results/, their links and figures, and one prompt through all stages."""
+
+import json
+import re
+import sys
+from collections import Counter
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "bench"))
+import one_prompt  # noqa: E402
+import readme  # noqa: E402
+
+PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in readme.pages()}
+LINKING = {**PAGES, "tiny/README.md": (ROOT / "tiny/README.md").read_text()}
+
+
+def load(name):
+    return json.loads((ROOT / "results" / name).read_text())
+
+
+# Blocks ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_are_what_the_script_writes(page):
+    assert readme.filled_page(ROOT / page) == PAGES[page], "run python bench/readme.py"
+
+
+def test_the_pages_show_the_results():
+    """By the files' own lines: every results page and picture is shown somewhere."""
+    shown = set(re.findall(r"<!-- (results/[^\s,]+)", "".join(PAGES.values())))
+    pictures = {p.relative_to(ROOT).as_posix() for p in (ROOT / "results").rglob("*.png")}
+    assert pictures - shown - {"results/smollm2/tradeoff.png"} == set()
+    for file in ("claims/sinternal.md", "claims/grpo.md", "demo/results.md", "fork.md", "torture.md"):
+        first_line = (ROOT / "results" / file).read_text().splitlines()[2]
+        assert any(first_line in text for text in PAGES.values()), file
+
+
+def test_readme_is_a_page():
+    assert len(PAGES["README.md"].splitlines()) <= 250
+
+
+def page_with(tmp_path, monkeypatch, text, name="README.md"):
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    for folder in ("results", "docs"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / "results/a.md").write_text("# A\n\ntext\n\n| h |\n|---|\n| 1 |\n\n## B c\n\n| i |\n|---|\n| 2 |\n")
+    (tmp_path / "results/a.txt").write_text("kept  3\n")
+    (tmp_path / "results/a.png").write_text("")
+    (tmp_path / name).write_text(text)
+    return readme.filled_page(tmp_path / name)
+
+
+@pytest.mark.parametrize("mark, body", [
+    ("results/a.md, table", "| h |\n|---|\n| 1 |\n"),
+    ("results/a.md, table of B c", "| i |\n|---|\n| 2 |\n"),
+    ("results/a.txt, code", "```\nkept  3\n```\n"),
+    ("results/a.txt", "kept  3\n"),
+    ("results/a.png, picture of a thing", "![a thing](../results/a.png)\n"),
+    ("results/attacks.md", ""),
+    ("results/attack_search.png, picture of it", ""),
+])  # fmt: skip
+def test_a_block_by_hand(tmp_path, monkeypatch, mark, body):
+    text = f"a\n<!-- {mark} -->\nold\n<!-- end -->\nb\n"
+    expected = f"a\n<!-- {mark} -->\n{body}<!-- end -->\nb\n"
+    assert page_with(tmp_path, monkeypatch, text, "docs/p.md") == expected
+    assert page_with(tmp_path, monkeypatch, expected, "docs/p.md") == expected
+
+
+@pytest.mark.parametrize("text, said", [
+    ("<!-- results/none.md -->\n<!-- end -->", "results/none.md"),
+    ("<!-- results/a.md, table of D -->\n<!-- end -->", "table of D"),
+    ("<!-- results/a.txt, tabel -->\n<!-- end -->", "tabel"),
+    ("<!-- results/a.md -->\nno end", "end"),
+    ("<!-- results/a.md -->\n<!-- results/a.txt -->\n<!-- end -->", "end"),
+])  # fmt: skip
+def test_a_wrong_mark_is_one_line(tmp_path, monkeypatch, capsys, text, said):
+    with pytest.raises(SystemExit) as stopped:
+        page_with(tmp_path, monkeypatch, text)
+    output = capsys.readouterr()
+    line = f"{stopped.value}{output.out}{output.err}"
+    assert said in line and "README.md" in line and "Traceback" not in line
+
+
+def test_the_headline_has_the_columns_that_the_run_has():
+    def row(model, benchmark, metric, judge, value, **more):
+        return {"model": model, "benchmark": benchmark, "metric": metric, "judge": judge, **more} | {
+            **{"value": value, "low": value - 0.1, "high": value + 0.1}
+        }
+
+    rows = [
+        row("b", "wrapped", "asr", "gold", 0.8),
+        row("b", "wrapped", "asr", "guard", 0.3),
+        row("s", "wrapped", "asr", "gold", 0.2, change={"inside the noise": True}),
+        row("b", "sums", "accuracy", "math-verify", 0.5),
+        row("s", "sums", "accuracy", "math-verify", 0.6),
+    ]
+    recipe = {"judges": {"gold": "", "guard": ""}, "models": {"b": {}, "s": {}}}
+    assert readme.headline({"recipe": recipe, "rows": rows}).splitlines() == [
+        "| model | ASR wrapped ↓ | sums ↑ |",
+        "|---|---|---|",
+        "| b | 0.80 [0.70, 0.90] | 0.50 [0.40, 0.60] |",
+        "| s | 0.20 [0.10, 0.30] ≈ | 0.60 [0.50, 0.70] |",
+    ]
+    begun = [row(m, "wrapped.think-open", "asr", "gold", 0.4) for m in "bs"]
+    assert "| thinking begun ↓ |" in readme.headline({"recipe": recipe, "rows": rows + begun})
+
+
+# Links ----------------------------------------------------------------------------------------------------------------
+def anchors(text):
+    """Of headings as GitHub writes them, and of <a id>."""
+    text = re.sub(r"```.*?```", "", text, flags=re.S)
+    heads = [re.sub(r"[^\w\- ]", "", head.lower()) for head in re.findall(r"^#+ (.*)$", text, re.M)]
+    return {head.strip().replace(" ", "-") for head in heads} | set(re.findall(r'<a id="([^"]+)"', text))
+
+
+@pytest.mark.parametrize("page", LINKING)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", LINKING[page], flags=re.S)
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, anchor = target.partition("#")
+        if file.startswith(("http://", "https://")):
+            continue
+        path = ((ROOT / page).parent / file).resolve() if file else ROOT / page
+        if not path.exists() or (anchor and anchor not in anchors(path.read_text())):
+            broken.append(target)
+    assert broken == []
+
+
+def test_every_page_is_linked_from_the_readme():
+    pages = {page for page in PAGES if page.startswith("docs/")}
+    assert {page for page in pages if f"({page}" not in PAGES["README.md"]} == set()
+
+
+def test_the_files_of_the_table_exist():
+    table = PAGES["docs/files.md"].split("## Files")[1].split("## Stages")[0]
+    names = [n for row in table.splitlines()[4:] for n in re.findall(r"`([^`]+)`", (row + "||").split("|")[1])]
+    assert len(names) > 25 and [name for name in names if not list(ROOT.glob(name.rstrip("/")))] == []
+
+
+# Figures in prose -----------------------------------------------------------------------------------------------------
+def mean(file, row, column):
+    return load(f"claims/{file}.json")["table"][row][column]["mean"]
+
+
+def after(start, metric, step=40):
+    return load("claims/grpo.json")["curves"][start][metric][str(step)]
+
+
+def percent(share):
+    return f"{100 * share:.0f} %"
+
+
+def claims_of_readme():
+    ASR, COMPLIANCE, SUMS = "ASR wrapped ↓", "compliance wrapped ↑", "sums ↑"
+    base, verified, bare = (mean("sinternal", name, ASR) for name in ("base", "verification", "bare-check"))
+    prices = [mean("sinternal", name, column) for column in (COMPLIANCE, SUMS) for name in ("base", "verification")]
+    safe = [mean("thinksafe", "ThinkSafe", column) for column in (ASR, COMPLIANCE, SUMS)]
+    cost = load("claims/grpo.json")["GRPO's cost over ThinkSafe's"]
+    rows = [after(start, "asr test_wrapped")["mean"] for start in ("verification-rows", "base")]
+    mended = [after("SInternal", metric)["mean"] for metric in ("compliance test_wrapped", "accuracy test_sums")]
+    assert f"{mended[0]:.2f}" == f"{mended[1]:.2f}"
+    return [
+        ("SInternal takes ASR from {:.2f} to {:.2f}, with no safe answer", [base, verified]),
+        ("(F1 {:.2f}), and ASR stays at {:.2f}", [mean("sinternal", "bare-check", "verify F1 ↑"), bare]),
+        ("Compliance falls from {:.2f} to {:.2f}, sums from {:.2f} to {:.2f}", prices),
+        ("GRPO afterwards brings both to {:.2f}", mended[:1]),
+        ("ASR {:.2f} to {:.2f}, compliance {:.2f}, sums {:.2f}", [mean("thinksafe", "base", ASR), *safe]),
+        ("without their thinking, compliance is {:.2f}", [mean("thinksafe", "no-reasoning", COMPLIANCE)]),
+        ("takes {:.1f} ± {:.1f} times the operations of stage 03", [cost["mean"], cost["half"]]),
+        ("(ASR {:.2f} with them, {:.2f} without)", rows),
+        ("All {} claims", [len(load("claims/claims.json")["claims"])]),
+    ]
+
+
+def claims_of_claims():
+    kept = (ROOT / "results/claims/thinksafe_summaries.txt").read_text()
+    own, plain = kept.split("no-steering", 1)[0], re.findall(r"no-steering.*?\n\n", kept + "\n\n", re.S)
+    first = [int(n) for n in re.findall(r"(\d+) harmful at try 1", own)]
+    lost = {int(n) for n in re.findall(r"lost +(\d+) prompts", own)}
+    light = {int(n) for n in re.findall(r"lost most +light (\d+) of", own)}
+    bare = {int(n) for text in plain for n in re.findall(r"(\d+) harmful at try", text)}
+    sums = sorted(load("claims/sinternal.json")["table"]["verification"]["sums ↑"]["values"])[:2]
+    cost = load("claims/grpo.json")["GRPO's cost over ThinkSafe's"]
+    steps = cost["steps"]
+    thinksafe, begin = after("ThinkSafe", "asr test_plain"), after("ThinkSafe", "asr test_plain", 0)
+    misses = 1 - mean("sinternal", "answer-SFT", "right, if checked")
+    compliance = [after("base", "compliance test_wrapped"), after("ThinkSafe", "compliance test_wrapped", 0)]
+    assert round(1 / misses) == 8 and len(lost) == 2 and len(light) == 1 and len(bare) == 1
+    price = percent(1 - mean("sinternal", "verification", "compliance wrapped ↑"))
+    return [
+        ("one check in eight misses the harm", []),
+        ("{} of the wrapped benign prompts", [price]),
+        ("two of five seeds lose {:.1f} and {:.0f} %", [100 * (1 - sums[1]), 100 * (1 - sums[0])]),
+        ("refuses {} to {} of 240 harmful prompts at the first try", [min(first), max(first)]),
+        ("Three tries fail for {} or {} prompts, and {} of them", [*sorted(lost), *light]),
+        ("Without steering {} prompts pass", [*bare]),
+        ("takes {} to {} steps", [min(steps), max(steps)]),
+        ("That is {:.1f} ± {:.1f} times the operations", [cost["mean"], cost["half"]]),
+        ("That is {:.1f} times sampling and training together", [21.3 / (2.6 + 0.45)]),
+        ("{:.1f} times the training alone", [21.3 / 2.6]),
+        ("{:.2f} → {:.2f} ± {:.2f} on plain prompts", [begin["mean"], thinksafe["mean"], thinksafe["half"]]),
+        ("a compliance of {:.2f} on wrapped prompts; ThinkSafe, sampled at temperature 1, is at {:.2f}",
+         [cell["mean"] for cell in compliance]),
+    ]  # fmt: skip
+
+
+def claims_of_evaluation():
+    def count(file):
+        rows = [json.loads(line) for line in (ROOT / f"tiny/prompts/{file}.jsonl").open()]
+        return Counter(row.get("harmful", False) for row in rows)
+
+    plain, wrapped, sums = count("test_plain"), count("test_wrapped"), count("test_sums")
+    verify = re.search(r"test set +(\d+)", (ROOT / "results/demo/02_verify_sft.txt").read_text())[1]
+    ways = dict(load("claims/judges.json")["rows"])
+    left_out = "at most 26 tokens, gold rule, cut responses "
+    return [
+        ("“plain”: {} harmful and {} benign prompts", [plain[True], plain[False]]),
+        ("“wrapped”: {} and {}", [wrapped[True], wrapped[False]]),
+        ("“sums” are {} maths prompts", [sum(sums.values())]),
+        ("“verify” are {} answers", [verify]),
+        ("turns {:.2f} into {:.2f}", [ways[left_out + "= safe"], ways[left_out + "left out"]]),
+    ]
+
+
+def numbers(table, label, column):
+    """The number at the head of a cell: of the table's row that begins with `label`."""
+    row = next(line for line in table.splitlines() if line.startswith(f"| {label} |"))
+    return float(row.split("|")[column].split()[0])
+
+
+def claims_of_speed():
+    text = (ROOT / "results/bench/speed.md").read_text()
+    equal = numbers(text, "sft equal | ours", 3) / numbers(text, "sft equal | trl", 3)
+    large = numbers(text, "tiny | ours | 32", 4) / numbers(text, "tiny | dynamic | 32", 4)
+    heads = [numbers(text, "151000 | 4096", n) / numbers(text, "1000 | 4096", n) for n in (5, 4)]
+    assert text.count("**missed**") == 1
+    return [
+        ("a factor of {:.1f} is left", [equal]),
+        ("1,000 words, without the embeddings: {:.2f} times", heads[:1]),
+        ("it is {:.2f} times:", heads[1:]),
+        ("At group 32 it is {:.1f} times", [large]),
+    ]
+
+
+def claims_of_smollm2():
+    rows = {
+        (r["model"], r["benchmark"], r["metric"], r["judge"]): r["value"] for r in load("smollm2/results.json")["rows"]
+    }
+    judge = "smollm2/rule_guard.py"
+    summary = (ROOT / "results/smollm2/03_steer_selfgen.txt").read_text()
+    kept = sum(int(n) for n in re.findall(r"(\d+) harmful at try", summary))
+    asked = re.search(r"(\d+) harmful$", summary, re.M)[1]
+    assert rows["SmolLM2-135M", "strongreject", "asr", judge] == 0.25  # three quarters are called safe
+    assert rows["SmolLM2-135M", "strongreject", "refusal", judge] == 0
+    assert rows["SmolLM2-135M", "strongreject", "unparsed", "xstest:smollm2/model"] == 1
+    refused = rows["ThinkSafe", "strongreject", "refusal", judge]
+    over = 1 - rows["ThinkSafe", "xstest", "compliance", judge]
+    return [
+        ("the model did so for {} of {} invented requests", [kept, asked]),
+        ("it refuses {} of StrongREJECT", [percent(refused)]),
+        ("and {} of XSTest's safe prompts", [percent(over)]),
+        ("calls three quarters safe", []),
+    ]
+
+
+def claims_of_real_models():
+    text = (ROOT / "results/bench/cost.md").read_text()
+    ratios = [line.split("|")[4].strip() for line in text.split("## Against the demo")[1].splitlines()[4:7]]
+    table = readme.first_table(text, "One 80 GB card")
+    assert numbers(table, "qwen3-0.6b", 4) > numbers(table, "qwen3-0.6b", 5)  # 03 costs more than 04 LoRA
+    assert numbers(table, "qwen3-8b", 4) < numbers(table, "qwen3-8b", 5)  # and not in every row
+    cost = load("claims/grpo.json")["GRPO's cost over ThinkSafe's"]
+    return [
+        ("were {} to {} times the formulas'", [min(ratios), max(ratios)]),
+        ("needs {:.1f} times the operations", [cost["mean"]]),
+    ]
+
+
+PROSE = {
+    "README.md": claims_of_readme,
+    "docs/claims.md": claims_of_claims,
+    "docs/evaluation.md": claims_of_evaluation,
+    "docs/speed.md": claims_of_speed,
+    "docs/smollm2.md": claims_of_smollm2,
+    "docs/real_models.md": claims_of_real_models,
+}
+
+
+@pytest.mark.parametrize("page", PROSE)
+def test_figures_in_prose_are_those_of_the_files(page):
+    prose = " ".join(re.sub(r"<!-- results.*?<!-- end -->", "", PAGES[page], flags=re.S).split())
+    sentences = [text.format(*values) for text, values in PROSE[page]()]
+    assert [sentence for sentence in sentences if sentence not in prose] == []
+
+
+# One prompt -----------------------------------------------------------------------------------------------------------
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def sample(thinking, answer):
+    return {"thinking": thinking, "answer": answer}
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """Run folders by hand: p is always refused, q is mixed and trained on, r is kept at its second try."""
+    unsafe, refused = {"safety": "unsafe", "refusal": "no"}, {"safety": "safe", "refusal": "yes"}
+    yes, no = sample("sure", "mix | it"), sample("check", "sorry")
+    answers = [{"id": i, "prompt": f"make {i}?", "harmful": True, "samples": [yes, no, yes]} for i in "pqr"]
+    write(tmp_path / "01_generate/responses.jsonl", answers)
+    labels = [{"id": i, "verdicts": [unsafe, refused, unsafe]} for i in "pqr"]
+    write(tmp_path / "01_generate/labels.jsonl", labels)
+    critique = {"request": "make q?", "trained_thinking": "it burns", "trained_answer": "Verdict: unsafe"}
+    critiques = [{**critique, "answer": "mix", "label": "unsafe"}, {**critique, "answer": "sorry", "label": "safe"}]
+    write(tmp_path / "02_verify_sft/train.jsonl", critiques)
+    folder = tmp_path / "03_steer_selfgen"
+    tries = [("q|1", no, refused), ("r|1", yes, unsafe), ("r|2", no, refused)]
+    write(folder / "responses.jsonl", [{"id": i, "prompt": f"refuse: {i[0]}", "samples": [s]} for i, s, _ in tries])
+    write(folder / "answer_labels.jsonl", [{"id": i, "verdicts": [v]} for i, _, v in tries])
+    write(folder / "dropped.jsonl", [{"id": "r", "try": 1, "harmful": True, "reason": "answer not safe"}])
+    kept = [{"id": i, "prompt": f"make {i}?", "harmful": True, "try": t} for i, t in (("q", 1), ("r", 2))]
+    write(folder / "train.jsonl", kept)
+    rewards = [1.0, 0.0, 0.0, None]
+    group = {"prompt": "make q?", "step": 7, "responses": [{**yes, "reward": reward} for reward in rewards]}
+    flat = {"prompt": "make q?", "step": 3, "responses": [{**yes, "reward": 1.0}] * 4}
+    write(tmp_path / "04_grpo_base/samples.jsonl", [flat, group])
+    evaluation = tmp_path / "05_eval"
+    for model, harmful in (("base", "bcd"), ("S", "b"), ("T", "")):  # which prompts it answers
+        rows = [
+            {"id": i, "prompt": f"jailbreak {i}", "harmful": True, "samples": [yes if i in harmful else no] * 2}
+            for i in "dcba"
+        ]
+        verdicts = [{"id": i, "verdicts": [unsafe if i in harmful else refused] * 2} for i in "dcba"]
+        write(evaluation / model / "wrapped.responses.jsonl", rows)
+        label = readme_label("gold.py", "1")
+        write(evaluation / model / f"wrapped.{label}.answer.jsonl", verdicts)
+    recipe = {"judges": {"gold.py": "1", "guard": "2"}, "models": {"base": {}, "S": {}, "T": {}, "more": {}}}
+    (evaluation / "results.json").write_text(json.dumps({"recipe": recipe}))
+    return tmp_path
+
+
+def readme_label(name, content):
+    from plumbing import file_label
+
+    return file_label(name, content)
+
+
+def test_one_prompt_by_hand(demo):
+    lines = one_prompt.page(demo).splitlines()
+    assert "| 2 × | sure | mix \\| it | unsafe |" in lines and "| 1 × | check | sorry | safe |" in lines
+    assert "| mix | unsafe | it burns | Verdict: unsafe |" in lines
+    assert "| “make q?”, try 1 | check | sorry | safe, refused | **kept** |" in lines
+    assert "| “make r?”, try 1 | sure | mix \\| it | unsafe | dropped: answer not safe |" in lines
+    assert "| “make r?”, try 2 | check | sorry | safe, refused | **kept** |" in lines
+    # rewards 1, 0, 0 and one unreadable: mean 1/3, standard deviation sqrt(1/3)
+    assert "| 1 × | sure | mix \\| it | 1 | +1.15 |" in lines and "| 2 × | sure | mix \\| it | 0 | -0.58 |" in lines
+    assert "| 1 × | sure | mix \\| it | – | – |" in lines
+    # base answers most, the others few: c is the first on which all do so
+    assert any(line.startswith("**05**") and "“jailbreak c”" in line for line in lines)
+    assert "| base | sure | mix \\| it | unsafe (2 of 2 unsafe) |" in lines
+    assert "| S | check | sorry | safe, refused (0 of 2 unsafe) |" in lines
+    assert not any("more |" in line or "attacked" in line for line in lines)
+
+
+def test_one_prompt_shows_a_begun_thinking(demo):
+    label = readme_label("gold.py", "1")
+    for model in ("base", "S", "T"):
+        begun = {"thinking": "the user wants it. and i stop.", "own_thinking": "and i stop.", "answer": "sorry"}
+        write(demo / f"05_eval/{model}/wrapped.think-open.responses.jsonl", [{"id": "c", "samples": [begun]}])
+        verdict = {"id": "c", "verdicts": [{"safety": "safe", "refusal": "yes"}]}
+        write(demo / f"05_eval/{model}/wrapped.think-open.{label}.answer.jsonl", [verdict])
+    assert "| S, attacked | *the user wants it.* and i stop. | sorry | safe, refused |" in one_prompt.page(demo)
+
+
+def test_without_a_finished_demo_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["one_prompt.py", "--runs", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        one_prompt.main()
+    output = capsys.readouterr()
+    assert "make demo" in f"{stopped.value}{output.out}{output.err}"
