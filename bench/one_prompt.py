@@ -91,7 +91,7 @@ def stage_01(runs: Path, row: dict) -> list[str]:
     verdicts = by_id(runs / "01_generate/labels.jsonl")[row["id"]]["verdicts"]
     pairs = zip(row["samples"], verdicts, strict=True)
     rows = [(cell(s["thinking"]), cell(s["answer"]), v["safety"]) for s, v in pairs]
-    intro = f"**01** asks {len(rows)} times, and the guard labels each answer. "
+    intro = f"**01** asks the model {len(rows)} times, and the guard labels each answer. "
     intro += f"The prompt, a harmful one: “{cell(row['prompt'])}”"
     return [intro, "", *counted(("thinking", "answer", "guard"), rows)]
 
@@ -104,7 +104,9 @@ def stage_02(runs: Path, row: dict) -> list[str]:
         if c["request"] == row["prompt"]
     ]
     intro = "**02** (SInternal) takes a safe and an unsafe one. The expert reads rules, prompt and "
-    intro += "answer. Its critique and verdict are trained, since the verdict is the guard's label."
+    intro += (
+        "answer. Its critique and verdict are trained, because the verdict is the guard's label."
+    )
     return [intro, "", *table(("answer, only read", "label", "critique", "verdict"), *rows)]
 
 

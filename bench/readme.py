@@ -126,7 +126,10 @@ def filled_page(page: Path) -> str:
 
     def fill(match: re.Match) -> str:
         body = block(match[2], match[3] or "", page)
-        return f"{match[1]}{body}\n{END}" if body else f"{match[1]}{END}"
+        if not body:
+            return f"{match[1]}{END}"
+        line = "\n" if body.splitlines()[-1].startswith("|") else ""  # it ends a table
+        return f"{match[1]}{body}\n{line}{END}"
 
     return BLOCK.sub(fill, text)
 

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
+import methods  # noqa: E402
 import one_prompt  # noqa: E402
 import readme  # noqa: E402
 
@@ -52,8 +53,8 @@ def page_with(tmp_path, monkeypatch, text, name="README.md"):
 
 
 @pytest.mark.parametrize("mark, body", [
-    ("results/a.md, table", "| h |\n|---|\n| 1 |\n"),
-    ("results/a.md, table of B c", "| i |\n|---|\n| 2 |\n"),
+    ("results/a.md, table", "| h |\n|---|\n| 1 |\n\n"),
+    ("results/a.md, table of B c", "| i |\n|---|\n| 2 |\n\n"),
     ("results/a.txt, code", "```\nkept  3\n```\n"),
     ("results/a.txt", "kept  3\n"),
     ("results/a.png, picture of a thing", "![a thing](../results/a.png)\n"),
@@ -161,6 +162,9 @@ def claims_of_readme():
     rows = [after(start, "asr test_wrapped")["mean"] for start in ("verification-rows", "base")]
     mended = [after("SInternal", metric)["mean"] for metric in ("compliance test_wrapped", "accuracy test_sums")]
     assert f"{mended[0]:.2f}" == f"{mended[1]:.2f}"
+    fork, demo = ((ROOT / f"results/{name}.md").read_text() for name in ("fork", "demo/results"))
+    for column in (2, 3):  # ASR falls further than under the guard's reward
+        assert numbers(fork, "checks-rewarded", column) < numbers(demo, "GRPO", column)
     return [
         ("SInternal takes ASR from {:.2f} to {:.2f}, with no safe answer", [base, verified]),
         ("(F1 {:.2f}), and ASR stays at {:.2f}", [mean("sinternal", "bare-check", "verify F1 ↑"), bare]),
@@ -314,7 +318,12 @@ def demo(tmp_path):
     write(tmp_path / "01_generate/responses.jsonl", answers)
     labels = [{"id": i, "verdicts": [unsafe, refused, unsafe]} for i in "pqr"]
     write(tmp_path / "01_generate/labels.jsonl", labels)
-    critique = {"request": "make q?", "trained_thinking": "it burns", "trained_answer": "Verdict: unsafe"}
+    critique = {
+        "request": "make q?",
+        "prompt": "no burning\n\nmake q?",
+        "trained_thinking": "it burns",
+        "trained_answer": "Verdict: unsafe",
+    }
     critiques = [{**critique, "answer": "mix", "label": "unsafe"}, {**critique, "answer": "sorry", "label": "safe"}]
     write(tmp_path / "02_verify_sft/train.jsonl", critiques)
     folder = tmp_path / "03_steer_selfgen"
@@ -322,14 +331,14 @@ def demo(tmp_path):
     write(folder / "responses.jsonl", [{"id": i, "prompt": f"refuse: {i[0]}", "samples": [s]} for i, s, _ in tries])
     write(folder / "answer_labels.jsonl", [{"id": i, "verdicts": [v]} for i, _, v in tries])
     write(folder / "dropped.jsonl", [{"id": "r", "try": 1, "harmful": True, "reason": "answer not safe"}])
-    kept = [{"id": i, "prompt": f"make {i}?", "harmful": True, "try": t} for i, t in (("q", 1), ("r", 2))]
+    kept = [{"id": i, "prompt": f"make {i}?", "harmful": True, "try": t, **no} for i, t in (("q", 1), ("r", 2))]
     write(folder / "train.jsonl", kept)
     rewards = [1.0, 0.0, 0.0, None]
     group = {"prompt": "make q?", "step": 7, "responses": [{**yes, "reward": reward} for reward in rewards]}
     flat = {"prompt": "make q?", "step": 3, "responses": [{**yes, "reward": 1.0}] * 4}
     write(tmp_path / "04_grpo_base/samples.jsonl", [flat, group])
     evaluation = tmp_path / "05_eval"
-    for model, harmful in (("base", "bcd"), ("S", "b"), ("T", "")):  # which prompts it answers
+    for model, harmful in (("base", "bcd"), ("SInternal", "b"), ("T", "")):  # which prompts it answers
         rows = [
             {"id": i, "prompt": f"jailbreak {i}", "harmful": True, "samples": [yes if i in harmful else no] * 2}
             for i in "dcba"
@@ -338,7 +347,7 @@ def demo(tmp_path):
         write(evaluation / model / "wrapped.responses.jsonl", rows)
         label = readme_label("gold.py", "1")
         write(evaluation / model / f"wrapped.{label}.answer.jsonl", verdicts)
-    recipe = {"judges": {"gold.py": "1", "guard": "2"}, "models": {"base": {}, "S": {}, "T": {}, "more": {}}}
+    recipe = {"judges": {"gold.py": "1", "guard": "2"}, "models": {"base": {}, "SInternal": {}, "T": {}, "more": {}}}
     (evaluation / "results.json").write_text(json.dumps({"recipe": recipe}))
     return tmp_path
 
@@ -362,18 +371,27 @@ def test_one_prompt_by_hand(demo):
     # base answers most, the others few: c is the first on which all do so
     assert any(line.startswith("**05**") and "“jailbreak c”" in line for line in lines)
     assert "| base | sure | mix \\| it | unsafe (2 of 2 unsafe) |" in lines
-    assert "| S | check | sorry | safe, refused (0 of 2 unsafe) |" in lines
+    assert "| SInternal | check | sorry | safe, refused (0 of 2 unsafe) |" in lines
     assert not any("more |" in line or "attacked" in line for line in lines)
 
 
 def test_one_prompt_shows_a_begun_thinking(demo):
     label = readme_label("gold.py", "1")
-    for model in ("base", "S", "T"):
+    for model in ("base", "SInternal", "T"):
         begun = {"thinking": "the user wants it. and i stop.", "own_thinking": "and i stop.", "answer": "sorry"}
         write(demo / f"05_eval/{model}/wrapped.think-open.responses.jsonl", [{"id": "c", "samples": [begun]}])
         verdict = {"id": "c", "verdicts": [{"safety": "safe", "refusal": "yes"}]}
         write(demo / f"05_eval/{model}/wrapped.think-open.{label}.answer.jsonl", [verdict])
-    assert "| S, attacked | *the user wants it.* and i stop. | sorry | safe, refused |" in one_prompt.page(demo)
+    assert "| SInternal, attacked | *the user wants it.* and i stop. | sorry | safe, refused |" in one_prompt.page(demo)
+
+
+def test_the_drawing_shows_what_is_trained(demo):
+    texts = {title: text for parts in methods.boxes(demo).values() for title, text, _ in parts}
+    assert "S: no burning" in texts["02: an expert reads"]
+    assert texts["trained: critique z, verdict v"] == "<think> it burns </think> Verdict: unsafe"
+    assert texts["03: steering + x"] == "refuse: q"
+    assert texts["trained, without the steering"] == "x: make q?\n\n<think> check </think> sorry"
+    assert texts["asked an unseen x, it checks"] == "x: jailbreak c\n\n<think> check </think> sorry"
 
 
 def test_without_a_finished_demo_one_line(tmp_path, monkeypatch, capsys):
