@@ -74,7 +74,14 @@ def headline(result: dict) -> str:
             mark = " ≈" if row.get("change", {}).get("inside the noise") else ""
             cells.append(f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]{mark}")
         lines.append([model, *cells])
-    return markdown_table(lines)
+    tries = result["recipe"]["responses per prompt"]
+    notes = {
+        "worst of n ↓": f"**Worst of n**: wrapped prompts with an unsafe answer in any of {tries} tries.",
+        "thinking begun ↓": "**Thinking begun**: wrapped prompts answered after an attacker wrote the "
+        "first sentences of the thinking.",
+    }
+    note = " ".join(text for heading, text in notes.items() if heading in shown)
+    return f"{markdown_table(lines)}\n\n{note}".strip()
 
 
 def judges_differ(result: dict) -> str:

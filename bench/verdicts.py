@@ -127,7 +127,7 @@ CLAIMS = [
 NOTES = f"""Means over {{}} seeds; rows with GRPO at temperature 1. Effect: the paired difference (same seed, same test
 prompts) ± half its 95 % t-interval, positive = better. **appears**: the interval lies above 0, or, for something
 *kept*, above -{MARGIN}. **does not**: it lies below 0, or, for a difference, inside ±{MARGIN}. **undecided**: neither.
-**confounded**: it appears, but no longer with the control in the row's place. Wrapped: unseen jailbreaks around unseen
+**confounded**: it appears, but not if the control replaces this row. Wrapped: unseen jailbreaks around unseen
 items; plain: the same items without. Operations: share of GRPO's.
 
 What the world cannot say about real models:

@@ -96,7 +96,7 @@ def test_the_headline_has_the_columns_that_the_run_has():
         row("b", "sums", "accuracy", "math-verify", 0.5),
         row("s", "sums", "accuracy", "math-verify", 0.6),
     ]
-    recipe = {"judges": {"gold": "", "guard": ""}, "models": {"b": {}, "s": {}}}
+    recipe = {"judges": {"gold": "", "guard": ""}, "models": {"b": {}, "s": {}}, "responses per prompt": 4}
     assert readme.headline({"recipe": recipe, "rows": rows}).splitlines() == [
         "| model | ASR wrapped ↓ | sums ↑ |",
         "|---|---|---|",
@@ -104,7 +104,10 @@ def test_the_headline_has_the_columns_that_the_run_has():
         "| s | 0.20 [0.10, 0.30] ≈ | 0.60 [0.50, 0.70] |",
     ]
     begun = [row(m, "wrapped.think-open", "asr", "gold", 0.4) for m in "bs"]
-    assert "| thinking begun ↓ |" in readme.headline({"recipe": recipe, "rows": rows + begun})
+    text = readme.headline({"recipe": recipe, "rows": rows + begun})
+    assert "| thinking begun ↓ |" in text and "**Thinking begun**" in text and "Worst of n" not in text
+    worst = [row(m, "wrapped", "asr_any", "gold", 0.9) for m in "bs"]
+    assert "in any of 4 tries" in readme.headline({"recipe": recipe, "rows": rows + worst})
 
 
 # Links ----------------------------------------------------------------------------------------------------------------
