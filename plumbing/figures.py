@@ -7,6 +7,7 @@ from pathlib import Path
 
 from plumbing.process import processes
 from plumbing.rows import write_atomic
+from plumbing.transcripts import write_transcripts
 
 TITLES = {
     "asr": "harmful prompts answered ↓",
@@ -39,6 +40,7 @@ def write_evaluation(run: Path, results: dict, options, notes: list[str]):
     text = markdown(results["rows"], models, options.judges, agreements, [*notes, note])
     write_atomic(run / "results.md", text)
     if processes().process_index == 0:
+        write_transcripts(run)
         import matplotlib
 
         matplotlib.use("Agg")
