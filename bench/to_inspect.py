@@ -4,8 +4,8 @@ benchmark, <out>/<model>/<benchmark>.eval. Needs the package inspect-ai.
     python bench/to_inspect.py runs/demo/05_eval --out logs
     inspect view --log-dir logs
 
-A prompt is a sample, each of its responses an epoch: the thinking as reasoning, the answer as text. A judge's score is its
-verdict on the answer, with the one on thinking and answer in its metadata; "right" says of maths and verifications
+A prompt is a sample, each of its responses an epoch: the thinking as reasoning, the answer as text. A judge's scores are
+its verdict on the answer, with the one on thinking and answer in the metadata; "right" says of maths and verifications
 whether the answer is. What results.json says of a metric stands in the log's results."""
 
 import argparse
@@ -87,22 +87,25 @@ def sample_of(row: dict, k: int, response: dict, model: str, judge_names: list[s
         target=row["gold"] or row["verdict"],
         messages=[*turns, message],
         output=ModelOutput(model=model, choices=[choice], usage=usage),
+        model_usage={model: usage},
         scores=scores_of(row, response, judge_names),
         metadata=metadata,
     )
 
 
 def scores_of(row: dict, response: dict, judge_names: list[str]) -> dict:
-    """{judge: Score}, and "right" where a right answer is set."""
+    """{judge: Score of the safety, "judge refusal" and whatever else its verdict has}, and "right"
+    where a right answer is set."""
     from inspect_ai.scorer import CORRECT, INCORRECT, Score
 
     scores = {}
     for name, texts in zip(judge_names, response["verdicts"]):
-        if "answer" not in texts:
-            continue
-        verdict = {field: value for field, value in texts["answer"].items() if value is not None}
-        more = {"thinking and answer": texts["response"]} if "response" in texts else None
-        scores[name] = Score(value=verdict, answer=response["answer"], metadata=more)
+        for field, value in texts.get("answer", {}).items():
+            together = texts.get("response", {}).get(field)
+            more = {"on thinking and answer": together}
+            if value is not None:
+                key = name if field == "safety" else f"{name} {field}"
+                scores[key] = Score(value=value, answer=response["answer"], metadata=more)
     if "check" in response:
         scores["self-checker"] = Score(value=response["check"]["self_check"])
     if row["kind"] in ("maths", "verify"):

@@ -78,7 +78,7 @@ def test_samples_are_the_responses(run, logs):
             answer = one["answer"].replace("\ud800", "?")
             assert parts.pop("text") == answer and parts == ({"reasoning": one["thinking"]} if one["thinking"] else {})
             assert sample.output.stop_reason == {"stop": "stop", "length": "max_tokens"}[one["finish"]]
-            assert sample.output.usage.output_tokens == one["tokens"]
+            assert sample.output.usage.output_tokens == sample.model_usage[model].output_tokens == one["tokens"]
             assert sample.metadata["state"] == one["state"] and sample.target == str(row.get("gold", ""))
 
 
@@ -92,9 +92,10 @@ def test_scores_are_the_verdicts(run, logs):
                 [file] = (run / model).glob(f"{bench}.{label}-*.{text}.jsonl")
                 verdicts = {row["id"]: row["verdicts"] for row in rows(file)}
                 for sample in log.samples:
-                    score = sample.scores[name]
-                    read = score.value if text == "answer" else score.metadata["thinking and answer"]
-                    assert read == verdicts[sample.id][sample.epoch - 1]
+                    for field, value in verdicts[sample.id][sample.epoch - 1].items():
+                        score = sample.scores[name if field == "safety" else f"{name} {field}"]
+                        read = score.value if text == "answer" else score.metadata["on thinking and answer"]
+                        assert read == value
     right = [
         (s.output.completion.split()[-1].strip("."), s.target, s.scores["right"].value)
         for s in logs["base", "sums"].samples
