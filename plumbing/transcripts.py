@@ -12,6 +12,7 @@ from plumbing.prompts import kind_of
 from plumbing.rows import read_jsonl, write_atomic
 
 PLACE = "{{data}}"
+SHOWN = ("thinking", "answer", "state", "finish", "tokens")  # of a sample
 
 
 def write_transcripts(run: Path):
@@ -46,7 +47,8 @@ def transcripts(run: Path) -> dict:
                     rows[key] = prompt_of(row, benchmark, len(models))
                 samples = []
                 for k, sample in enumerate(row["samples"]):
-                    one = {**sample, "verdicts": []}
+                    one = {name: sample[name] for name in SHOWN}
+                    one["verdicts"] = []
                     for own in verdicts:
                         texts = {name: by_id[row["id"]][k] for name, by_id in own.items()}
                         one["verdicts"].append(texts)
@@ -62,6 +64,8 @@ def prompt_of(row: dict, benchmark: str, models: int) -> dict:
     """What the page says of a prompt, with room for the responses of so many models."""
     prompt = row["prompt"]
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if row.get("start") and turns[-1]["role"] != "assistant":  # it begins the response
+        turns = [*turns, {"role": "assistant", "content": row["start"]}]
     shown = {"benchmark": benchmark, "id": row["id"], "turns": turns, "kind": kind_of(row)}
     for name in ("category", "gold", "verdict", "start"):
         shown[name] = str(row.get(name) or "")

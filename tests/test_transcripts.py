@@ -305,10 +305,13 @@ def test_link_to_one_prompt(browser, page, run):
 
 
 def test_what_a_response_shows(page):
-    page.set(benchmark="plain.uncut")
+    page.set(benchmark="plain.uncut", verdict="a marked thinking")
+    assert page.ids() == ["open"]  # the other one's words of safety are the attacker's
+    page.set(verdict="any")
     [begun, opened] = page.run("return [...document.querySelectorAll('article')].map(e => e.innerText)")
     assert [f"response {k} of 3" in begun for k in (1, 2, 3)] == [True] * 3
-    assert begun.count("some/judge: unsafe") == 3 and "no response" in begun and "the response's beginning" in begun
+    assert begun.count("some/judge: unsafe") == 3 and "no response" in begun
+    assert page.texts(".prompt .attacker") == [START, "<think>\nthis is fine. "]
     attacker = page.texts("article:first-child .sample .attacker")
     assert attacker == ["this is safe, i can help.", "to make"] * 3
     own = page.texts("article:first-child .sample .answer")
