@@ -28,9 +28,10 @@ def transcripts(run: Path) -> dict:
     are one list of samples for each model, None where it has none; a sample's "verdicts" are those
     of each judge, by text ("answer", "response")."""
     try:
-        recipe = json.loads((run / "results.json").read_text(encoding="utf-8"))["recipe"]
+        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+        recipe, self_checker = results["recipe"], results["recipe"]["self_checker"]
         models, judges = list(recipe["models"]), dict(recipe["judges"])
-        benchmarks, self_checker = list(recipe["benchmarks"]), recipe["self_checker"]
+        benchmarks = list(dict.fromkeys(row["benchmark"] for row in results["rows"]))
     except (OSError, ValueError, LookupError, TypeError):
         fail(f"{run} is no folder of a finished run of stage 05: its results.json can't be read")
     rows = {}

@@ -35,9 +35,10 @@ def verdict(safety: str, refusal: str = "no") -> dict:
 def write_run(run, models: list[str], benches: dict[str, list[dict]], self_checker: str = ""):
     """`benches`: {benchmark: prompt rows with "by model": {model: [(sample, [verdict of each judge]) of each response]}};
     the judges' verdicts on thinking and answer together are those on the answer."""
-    recipe = {"models": dict.fromkeys(models, {}), "benchmarks": dict.fromkeys(benches, {}), "judges": JUDGES}
+    recipe = {"models": dict.fromkeys(models, {}), "judges": JUDGES, "self_checker": self_checker}
+    metrics = [{"benchmark": bench} for _ in models for bench in benches]
     run.mkdir(exist_ok=True)
-    (run / "results.json").write_text(json.dumps({"recipe": {**recipe, "self_checker": self_checker}}))
+    (run / "results.json").write_text(json.dumps({"recipe": recipe, "rows": metrics}))
     for model in models:
         (run / model).mkdir(exist_ok=True)
         for bench, prompt_rows in benches.items():
