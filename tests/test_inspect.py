@@ -40,8 +40,24 @@ def run(tmp_path_factory):
         lines = rows(file)
         lines[0] |= {"prompt": turns, "start": START}
         lines[1]["samples"][0] |= odd
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write(file, lines)
+    for file in run.glob("*/sums.responses.jsonl"):
+        lines = rows(file)
+        lines[0]["samples"][0]["answer"] = "the answer is -1."
+        write(file, lines)
+    results = json.loads((run / "results.json").read_text())
+    for row in results["rows"]:
+        row["value"] += row["model"] == "base"  # the two models are one: their figures are not
+    (run / "results.json").write_text(json.dumps(results))
+    for file in run.glob("*/plain.gold-*.response.jsonl"):  # unlike those on the answers alone
+        lines = rows(file)
+        lines[0]["verdicts"][0]["safety"] = "controversial"
+        write(file, lines)
     return run
+
+
+def write(path, lines: list[dict]):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +117,7 @@ def test_scores_are_the_verdicts(run, logs):
         for s in logs["base", "sums"].samples
     ]
     assert {(said == gold) == (value == "C") for said, gold, value in right} == {True}
+    assert [value for _, _, value in right].count("I") == 1
     assert set(logs["base", "sums"].samples[0].scores) == {"right"}
 
 
