@@ -37,7 +37,7 @@ is that of tp / (tp + fp + fn), of which F1 is a monotone function.
 
 in:  --models name=folder …   --bench, names from plumbing/benchmarks.py or name=file   --judges
 out: <run>/results.json  results.md  results.png  tradeoff.png  categories.png
-     <run>/<model>/   every response and verdict
+     <run>/transcripts.html   the same prompt under every model   <run>/<model>/   all rows
 """
 
 from dataclasses import dataclass, field
@@ -399,7 +399,7 @@ def main():
         "left out": ", ".join(left_out) or "none",
         "written": f"{run}/results.json, results.md, *.png; all else in {run}/<model>/",
     }
-    plumbing.summary(run, "05_eval", lines, f"look at {run}/results.png")
+    plumbing.summary(run, "05_eval", lines, f"look at {run}/results.png and transcripts.html")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from plumbing.tokens import OPEN
 # Files of an evaluation's run folder, beside which each model has a folder of its name
 EVALUATION_FILES = (
     *("results.json", "results.md", "results.png", "tradeoff.png", "categories.png"),
+    "transcripts.html",
     *("options.json", "summary.txt", "seconds.json", "lock"),
 )
 
