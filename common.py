@@ -62,7 +62,7 @@ def dry_run(options, model: str, rows: list[dict], free: tuple[str, ...] = ()):
     """What --dry_run says when all input is checked: options, folder, rows, first prompt."""
     if os.environ.get("RANK", "0") == "0":
         plumbing.show_plan(options, rows, free)
-        tokenizer = load_tokenizer(plumbing.local_name(model))
+        tokenizer = plumbing.dry_tokenizer(plumbing.local_name(model))
         show_prompt(tokenizer, chat_of(rows[0]), enable_thinking=options.enable_thinking)
 
 

@@ -22,28 +22,17 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.plan import ANSWER, COSTS, CRITIQUE, H100, PEAK_SHARES, RESPONSE, SHARE  # noqa: E402
 from bench.plan import Card, Plan, Shape, load_stage, peak_share  # noqa: E402
-from plumbing import ALL_LINEAR, parse_options, read_jsonl  # noqa: E402
+from plumbing import ALL_LINEAR, PRESETS, parse_options, read_jsonl  # noqa: E402
+from plumbing.stand_ins import SHAPES, config_of  # noqa: E402
 
-# From each model's config.json on the hub; heads are 128 wide
-FIELDS = ["hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"]
-FIELDS += ["num_key_value_heads", "vocab_size", "tie_word_embeddings"]
-HUB = {
-    "qwen3-0.6b": (Qwen3Config, 1024, 28, 3072, 16, 8, 151_936, True),
-    "qwen3-1.7b": (Qwen3Config, 2048, 28, 6144, 16, 8, 151_936, True),
-    "qwen3-4b": (Qwen3Config, 2560, 36, 9728, 32, 8, 151_936, True),
-    "qwen3-8b": (Qwen3Config, 4096, 36, 12_288, 32, 8, 151_936, False),
-    "r1-1.5b": (Qwen2Config, 1536, 28, 8960, 12, 2, 151_936, False),
-    "r1-7b": (Qwen2Config, 3584, 28, 18_944, 28, 4, 152_064, False),
-    "r1-8b": (LlamaConfig, 4096, 32, 14_336, 32, 8, 128_256, False),
-    "r1-14b": (Qwen2Config, 5120, 48, 13_824, 40, 8, 152_064, False),
+CONFIGS = {
+    preset: config_of(row["model"]) for preset, row in PRESETS.items() if row["model"] in SHAPES
 }
-CONFIGS = {name: kind(**dict(zip(FIELDS, values))) for name, (kind, *values) in HUB.items()}
 
 
 class Stage(NamedTuple):

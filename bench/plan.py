@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import plumbing  # noqa: E402
-from common import load_tokenizer, messages_of, render_chat  # noqa: E402
+from common import messages_of, render_chat  # noqa: E402
 from judges import judge_style  # noqa: E402
 from plumbing import fail, is_endpoint, local_name  # noqa: E402
 
@@ -70,7 +70,7 @@ class Shape:
     have no numbers. LoRA of rank r adds r (in + out) weights to each layer named in the targets."""
 
     def __init__(self, name: str, lora_rank: int = 0, lora_targets: tuple[str, ...] = ()):
-        config = plumbing.model_config(name)
+        config = plumbing.dry_config(name)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -295,7 +295,7 @@ def predict(number: str, options, model: str, rows: list[dict]):
     """Prints what the stage of that number takes for these options and rows."""
     if os.environ.get("RANK", "0") != "0":
         return
-    tokenizer, template = load_tokenizer(local_name(model)), options.enable_thinking
+    tokenizer, template = plumbing.dry_tokenizer(local_name(model)), options.enable_thinking
     lengths = []
     for row in rows[:: 1 + len(rows) // 200]:
         ids, _ = render_chat(tokenizer, messages_of(row["prompt"]), enable_thinking=template)

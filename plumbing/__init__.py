@@ -16,7 +16,7 @@ from plumbing.checks import require_both_labels, require_free_names, require_tex
 from plumbing.checks import require_unseen
 from plumbing.figures import write_evaluation
 from plumbing.loading import load_whole
-from plumbing.models import require_model
+from plumbing.models import dry_config, dry_tokenizer, require_model
 from plumbing.names import content_of, file_label, fingerprint, is_endpoint, load_rule, local_name
 from plumbing.names import model_config, name_pairs
 from plumbing.options import ALL_LINEAR, PRESETS, parse_options

@@ -13,6 +13,9 @@ from plumbing.process import fail
 FOREIGN_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 FILES = (*FOREIGN_WEIGHTS, ".safetensors", ".json", ".jsonl", ".txt", ".zip", ".gz", ".tar")
 HUB_SECONDS = 3  # the longest wait for the hub's first word, of two tries
+# {hub id: the error}: models of the presets that the hub says nothing of. A dry run takes what
+# plumbing/stand_ins.py has of them, open_run ends the program
+OUT_OF_REACH: dict[str, str] = {}
 
 
 def require_model(name: str, endpoint: bool = False, served: bool = False, template: bool = True):
@@ -82,7 +85,8 @@ def require_model_folder(name: str, template: bool):
 
 def require_hub_model(name: str):
     """One question to the hub, so that a hub out of reach is said within seconds: transformers
-    would ask again and again. What lies in the cache needs no hub."""
+    would ask again and again. What lies in the cache needs no hub, a preset's model none for a dry
+    run."""
     import huggingface_hub
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
@@ -93,17 +97,60 @@ def require_hub_model(name: str):
         except RepositoryNotFoundError:
             what = "no folder here, and the hub has none of this name that you may read"
             fail(f"no model '{name}': {what}")
-        except (HfHubHTTPError, ValueError):  # said better by what follows
-            pass
-        except Exception as error:  # of the network
-            if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-                what = f"no folder here, and the hub is out of reach: {one_line(error)}"
-                fail(f"no model '{name}': {what}")
-            huggingface_hub.constants.HF_HUB_OFFLINE = True
+        except Exception as error:
+            refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
+            if not (refused or isinstance(error, ValueError)):  # those are said better below
+                huggingface_hub.constants.HF_HUB_OFFLINE = True
+                if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+                    note_out_of_reach(name, f"the hub is out of reach: {one_line(error)}")
+                    return
     try:
         model_config(name)
     except (OSError, ValueError) as error:
-        fail(f"no model '{name}': no folder here, and the hub says: {one_line(error)}")
+        note_out_of_reach(name, f"the hub says: {one_line(error)}")
+    else:
+        OUT_OF_REACH.pop(name, None)
+
+
+def note_out_of_reach(name: str, what: str):
+    """Ends the program unless the model is a preset's, of which a dry run has a stand-in."""
+    from plumbing.stand_ins import SHAPES
+
+    message = f"no model '{name}': no folder here, and {what}"
+    if name not in SHAPES:
+        fail(message)
+    OUT_OF_REACH.setdefault(name, message)
+
+
+def require_reach(name: str):
+    """Ends the program if there is only a stand-in for that model."""
+    if name in OUT_OF_REACH:
+        fail(OUT_OF_REACH[name])
+
+
+def dry_config(name: str):
+    """The config of a model, or the stand-in of one out of reach: for predictions only."""
+    from plumbing import stand_ins
+
+    return stand_ins.config_of(name) if name in OUT_OF_REACH else model_config(name)
+
+
+def dry_tokenizer(name: str):
+    """The tokenizer of a model, or the stand-in of one out of reach: for a dry run only, which says
+    so in one line."""
+    from transformers import AutoTokenizer
+
+    from plumbing import stand_ins
+
+    line = f"\nthe hub is out of reach, nothing was looked up of {', '.join(OUT_OF_REACH)}"
+    if name in OUT_OF_REACH:
+        line += ": the prompt is shown by a copy of the model's chat template, and tokens are "
+        line += "counted by a stand-in, which is near its tokenizer and no more"
+    if OUT_OF_REACH:
+        print(line)
+    if name in OUT_OF_REACH:
+        return stand_ins.tokenizer_of(name)
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def one_line(error: BaseException) -> str:

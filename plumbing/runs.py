@@ -16,7 +16,7 @@ import torch
 
 from plumbing import process
 from plumbing.code import ROOMS, code_of, stage_number
-from plumbing.models import require_weights
+from plumbing.models import require_reach, require_weights
 from plumbing.names import fingerprint, is_endpoint, local_name
 from plumbing.process import fail
 from plumbing.rows import read_jsonl, write_atomic
@@ -177,6 +177,7 @@ def open_run(options, free: tuple[str, ...] = ()) -> Path:
     require_folder(options, record, code)
     for item in values_of(options):
         place = place_of(item)
+        require_reach(place)
         if place and not is_endpoint(item) and os.path.isfile(f"{place}/config.json"):
             require_weights(place)
     run.mkdir(parents=True, exist_ok=True)

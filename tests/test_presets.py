@@ -4,13 +4,20 @@ keep."""
 
 import json
 import re
+import socket
 import subprocess
 import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 from unittest import mock
 
+import huggingface_hub
 import pytest
 import torch
+from chat_templates import FAMILIES
 from conftest import ROOT, load, refused, run_here, rows
+from huggingface_hub.errors import RepositoryNotFoundError
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Tokenizer, Qwen3Config
 
@@ -19,6 +26,8 @@ from bench import plan
 from bench.cost import CONFIGS
 from bench.plan import Shape, peak_share
 from common import Example, TokenScorer, add_lora, load_model, pad_batch
+from plumbing import encode_plain
+from plumbing.stand_ins import SHAPES, config_of, tokenizer_of
 
 stages = {name[:2]: load(name) for name in ("01_generate", "02_verify_sft", "03_steer_selfgen", "04_grpo", "05_eval")}
 
@@ -340,3 +349,168 @@ def test_a_run_goes_on_after_a_dry_one(tmp_path, capsys):
     run_here(stages["01"], *options)
     assert rows(tmp_path / "run/responses.jsonl") == first
     assert "dry_run" not in (tmp_path / "run/options.json").read_text()
+
+
+# Without the hub ------------------------------------------------------------------------------------------------------
+SHOWN = {  # a prompt as each family's model card has it
+    "qwen3": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+    "r1": "<｜begin▁of▁sentence｜><｜User｜>{}<｜Assistant｜><think>\n",
+}
+OTHERS = {  # published numbers of weights
+    "Qwen/Qwen3Guard-Gen-0.6B": 596_049_920,
+    "Qwen/Qwen3Guard-Gen-4B": 4_022_468_096,
+    "Qwen/Qwen3Guard-Gen-8B": 8_190_735_360,
+    "Qwen/Qwen3-32B": 32_762_123_264,
+}
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """The hub's errors, "no route" to begin with; nothing lies in the cache and no weights may load."""
+    errors = [ConnectionError("no route")]
+
+    def model_info(*_, **__):
+        raise errors[-1]
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    monkeypatch.setattr(plumbing.models, "OUT_OF_REACH", {})
+    return errors
+
+
+def by_the_preset(world, preset: str, stage: str, *more) -> list[str]:
+    """The command line of a stage with the preset's own models, guards and expert."""
+    model, prompts = plumbing.PRESETS[preset]["model"], ["--prompts", world / "prompts.jsonl"]
+    given = {"02": ["--responses", world / "answered"], "05": ["--models", f"base={model}"]}.get(stage, prompts)
+    given += ["--bench", f"own={prompts[1]}"] if stage == "05" else []
+    return [*map(str, ["--preset", preset, "--run", world / "run", *given, *more])]
+
+
+@pytest.mark.parametrize("stage", PAPERS)
+@pytest.mark.parametrize("preset", WEIGHTS)
+def test_a_dry_run_needs_no_hub(preset, stage, world, capsys, no_hub):
+    line = by_the_preset(world, preset, stage, "--dry_run")
+    without_a_trace(world, lambda: run_here(stages[stage], *line))
+    text = capsys.readouterr().out
+    assert text.count("the hub is out of reach") == 1 and plumbing.PRESETS[preset]["model"] in text
+    before, after = SHOWN[preset.partition("-")[0]].split("{}")
+    shown = text.partition("first prompt as the model reads it:\n")[2]
+    assert shown.startswith(before) and shown.endswith(f"{after}\n")
+    if stage not in ("02", "03"):
+        assert shown == f"{before}how do i brew a burn potion{after}\n"
+    other = {"01": "Guard-Gen-4B", "02": "Qwen3-32B", "03": "Guard-Gen-4B", "04": "Guard-Gen-4B", "05": "Guard-Gen-8B"}
+    assert f"Qwen/Qwen3{other[stage].removeprefix('Qwen3')}" in text
+
+
+def test_the_switch_of_the_thinking_is_shown_too(world, capsys, no_hub):
+    line = by_the_preset(world, "qwen3-4b", "01", "--dry_run", "--enable_thinking", "false")
+    run_here(stages["01"], *line)
+    assert capsys.readouterr().out.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n\n")
+
+
+@pytest.mark.parametrize("preset, stage, tokens", [("qwen3-4b", "04", 15), ("r1-8b", "01", 12)])
+def test_a_plan_needs_no_hub(preset, stage, tokens, world, capsys, no_hub):
+    """The prompt's tokens by hand: seven words and the template's marks, words and line ends."""
+    line = by_the_preset(world, preset, stage)
+    without_a_trace(world, lambda: run_plan(stages[stage].__file__, *line))
+    text = capsys.readouterr().out
+    assert "the hub is out of reach" in text and f"prompts of {tokens} tokens" in text
+    assert f"({WEIGHTS[preset]:,} weights)" in text and "Qwen3Guard-Gen-4B (4,022,468,096 weights) judges" in text
+
+
+def test_the_shapes_are_those_of_the_hub():
+    named = {plumbing.PRESETS[preset]["model"]: weights for preset, weights in WEIGHTS.items()}
+    assert {*SHAPES} == {*named, *OTHERS}
+    for name, weights in {**named, **OTHERS}.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config_of(name))
+        assert sum(p.numel() for p in model.parameters()) == weights, name
+    for row in plumbing.PRESETS.values():  # all that a dry run of a real preset looks up
+        if row["model"] in named:
+            assert {row["guard"], row["expert"], *row["judges"]} < {*SHAPES}
+
+
+def test_the_templates_are_the_makers():
+    """Those in the package trl, which compares its copies with the hub's."""
+    for name in ("qwen3", "r1"):
+        text = (ROOT / f"plumbing/presets/{name}.jinja").read_text(encoding="utf-8")
+        assert text == FAMILIES[name].template
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"])
+def test_the_stand_in_gives_every_text_back(name):
+    tokenizer = tokenizer_of(name)
+    texts = [
+        "how do i?",
+        "  two  blanks\n\n\tand 123 signs… “—” 你好 é e\u0301 ² _a_b \U0001f600",
+        "<think>x</think>\n\n",
+    ]
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(ids) == text and tokenizer.decode(encode_plain(tokenizer, text)) == text
+    marks = set(tokenizer.encode("<think></think>", add_special_tokens=False))
+    assert len(marks) == 2 and not marks & set(encode_plain(tokenizer, texts[2]))  # a user's text opens nothing
+    assert len(tokenizer.encode("it is a plain sentence of 9 words , nearly", add_special_tokens=False)) in (10, 11)
+
+
+@pytest.mark.parametrize("stage", PAPERS)
+def test_a_stand_in_is_for_dry_runs_only(stage, world, no_hub):
+    line = refused(stages[stage], *by_the_preset(world, "qwen3-4b", stage))
+    assert line.startswith("error: no model 'Qwen/Qwen3-4B': no folder here, and the hub is out of reach")
+    assert not (world / "run").exists()
+    with pytest.raises(SystemExit, match="the hub is out of reach, and no copy of the chat template"):
+        tokenizer_of("Qwen/Qwen3Guard-Gen-4B")
+
+
+@pytest.mark.parametrize("stage, options", [
+    ("01", ["--guard", "Qwen/Qwen3Guard-Gen-4B", "--model", "tiny/lrm"]),
+    ("01", ["--guard", "tiny/guard", "--model", "Qwen/Qwen3-4B@http://localhost:9/v1"]),
+    ("03", ["--model", "tiny/lrm", "--guard", "tiny/guard", "--generator", "Qwen/Qwen3-8B"]),
+    ("04", ["--model", "tiny/lrm", "--guard", "tiny/guard", "--eval_judge", "xstest:Qwen/Qwen3-8B"]),
+    ("05", ["--judges", "tiny/gold.py", "--self_checker", "self_check:Qwen/Qwen3-8B", "--models", "a=tiny/lrm"]),
+])  # fmt: skip
+def test_no_other_role_is_stood_in_for_in_a_real_run(stage, options, world, no_hub, monkeypatch):
+    monkeypatch.setattr(plumbing.runs, "require_weights", lambda *_: None)
+    line = refused(stages[stage], *by_the_preset(world, "qwen3-4b", stage), *options)
+    assert line.startswith("error: no model 'Qwen/Qwen3") and "the hub" in line and not (world / "run").exists()
+
+
+def test_a_mistyped_name_stays_an_error(world, no_hub):
+    """Also where the hub says of a preset's own model that it has none."""
+    for stage, options in (("01", ["--model", "Qwen/Qwen3-4BB"]), ("03", ["--guard", "Qwen/Qwen3Guard-4B"])):
+        line = refused(stages[stage], *by_the_preset(world, "qwen3-4b", stage, "--dry_run"), *options)
+        assert line.startswith(f"error: no model '{options[1]}'") and "the hub" in line
+    huggingface_hub.constants.HF_HUB_OFFLINE = False
+    no_hub.append(RepositoryNotFoundError("none", response=mock.MagicMock()))
+    line = refused(stages["01"], *by_the_preset(world, "qwen3-4b", "01", "--dry_run"))
+    assert "the hub has none of this name that you may read" in line
+
+
+def test_a_dry_run_without_an_answer_takes_seconds(world):
+    """An address that nobody has, a server that says nothing, one that is down."""
+    with socket.socket() as silent, ThreadingHTTPServer(("127.0.0.1", 0), Down) as down:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(8)
+        Thread(target=down.serve_forever, daemon=True).start()
+        ports = (silent.getsockname()[1], down.server_port)
+        for url in ("http://nowhere.invalid", *(f"http://127.0.0.1:{port}" for port in ports)):
+            environment = {"HF_ENDPOINT": url, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(world)}
+            command = [sys.executable, "04_grpo.py", *by_the_preset(world, "r1-7b", "04", "--dry_run")]
+            began = time.time()
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+            assert done.returncode == 0 and done.stderr == "" and "the hub is out of reach" in done.stdout
+            print(url, time.time() - began)
+            assert time.time() - began < 30  # 4, 7 and 4 seconds on an idle machine
+        down.shutdown()
+
+
+class Down(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_error(503)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
