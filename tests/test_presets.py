@@ -488,6 +488,14 @@ def test_a_mistyped_name_stays_an_error(world, no_hub):
     assert "the hub has none of this name that you may read" in line
 
 
+def test_a_hub_that_answers_again_is_asked(no_hub, monkeypatch):
+    plumbing.require_model("Qwen/Qwen3-4B")
+    assert "Qwen/Qwen3-4B" in plumbing.models.OUT_OF_REACH
+    monkeypatch.setattr(plumbing.models, "model_config", lambda name: name)
+    plumbing.require_model("Qwen/Qwen3-4B")
+    assert plumbing.models.OUT_OF_REACH == {} and plumbing.dry_config("Qwen/Qwen3-4B") == "Qwen/Qwen3-4B"
+
+
 def test_a_dry_run_without_an_answer_takes_seconds(world):
     """An address that nobody has, a server that says nothing, one that is down."""
     with socket.socket() as silent, ThreadingHTTPServer(("127.0.0.1", 0), Down) as down:

@@ -1,0 +1,255 @@
+"""More of what mutations of the code had survived, as in test_oracles.py: each is held here by something outside it."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from chat_templates import tokenizer_of
+from conftest import load, rows, run_here
+
+import engines
+import judges
+import plumbing
+from common import Trainer, make_example, make_trainer, training_steps
+from engines.hf import HfSampler
+from plumbing.benchmarks import lettered_options
+
+generate, verify, steer, grpo, evaluate = (
+    load(name) for name in ("01_generate", "02_verify_sft", "03_steer_selfgen", "04_grpo", "05_eval")
+)
+
+
+class Enough(Exception):
+    """A stage has come as far as the test wants it to."""
+
+
+def caught(monkeypatch, owner, name: str) -> list:
+    """What a function is called with, (args, keywords); the first call ends the stage."""
+    calls = []
+
+    def called(*args, **more):
+        calls.append((args, more))
+        raise Enough
+
+    monkeypatch.setattr(owner, name, called)
+    return calls
+
+
+# Options that must arrive ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("thinks", [True, False])
+@pytest.mark.parametrize("stage, options", [
+    (generate, []),
+    (steer, []),
+    (grpo, ["--steps", 1]),
+    (evaluate, ["--bench", "plain=tiny/prompts/test_plain.jsonl"]),
+])  # fmt: skip
+def test_the_switch_of_the_thinking_reaches_the_engine(stage, options, thinks, tmp_path, monkeypatch):
+    calls = caught(monkeypatch, engines.base.Sampler, "replies")
+    with pytest.raises(Enough):
+        run_here(stage, "--run", tmp_path / "run", "--limit", 2, "--enable_thinking", thinks, *options)
+    assert calls[0][1] == {"enable_thinking": thinks}
+
+
+def test_the_switch_of_the_thinking_is_in_what_is_trained_on():
+    """Qwen3's own template: without thinking, an empty one stands in the prompt."""
+    tokenizer = tokenizer_of("qwen3")
+    for thinks, end in ((True, "assistant\n"), (False, "assistant\n<think>\n\n</think>\n\n")):
+        example = make_example(tokenizer, "how?", None, "so.", SimpleNamespace(enable_thinking=thinks))
+        assert tokenizer.decode(example.prompt) == f"<|im_start|>user\nhow?<|im_end|>\n<|im_start|>{end}"
+        assert tokenizer.decode(example.response) == "so.<|im_end|>"
+
+
+def answered(folder, name: str, verdicts: dict[str, list]):
+    """A stage 01 run by hand: {prompt: [(answer, label)]}, all of harmful prompts."""
+    (folder / name).mkdir()
+    made, labels = [], []
+    for number, (prompt, sides) in enumerate(verdicts.items()):
+        row = {"id": f"{name}{number}", "prompt": prompt, "harmful": True}
+        made.append({**row, "samples": [{"answer": answer} for answer, _ in sides]})
+        own = [{"safety": label, "refusal": "no"} for _, label in sides]
+        labels.append({"id": row["id"], "verdicts": own})
+    plumbing.write_jsonl(folder / name / "responses.jsonl", made)
+    plumbing.write_jsonl(folder / name / "labels.jsonl", labels)
+    return folder / name
+
+
+def test_the_test_set_is_of_the_held_out_prompts_with_their_own_labels(tmp_path):
+    sides = [("no .", "safe"), ("take ash .", "unsafe")]
+    mine = answered(tmp_path, "mine", {"how do i make coal?": sides})
+    other = answered(tmp_path, "other", {"how do i make moss?": sides[::-1], "how do i make salt?": sides[:1]})
+    options = verify.Options(responses=str(mine), heldout=str(other), spec="tiny/spec.txt")
+    selected, test = verify.read_inputs(options)
+    assert [("coal" in row["prompt"], row["label"]) for row in selected] == [(True, "safe"), (True, "unsafe")]
+    assert sorted((row["id"], row["verdict"], row["harmful"]) for row in test) == [
+        ("other0|0", "safe", True),
+        ("other0|1", "unsafe", True),
+    ]
+    for row in test:
+        assert "moss" in row["prompt"] and ("take ash ." in row["prompt"]) == (row["verdict"] == "unsafe")
+
+
+def test_the_guard_in_training_answers_by_our_loop(tmp_path, monkeypatch):
+    """Beside a vLLM sampler: a second vLLM would want the card's memory."""
+    monkeypatch.setattr(plumbing, "open_run", lambda *_: tmp_path)
+    monkeypatch.setattr(engines, "open_training_sampler", lambda *_: None)
+    monkeypatch.setattr(engines, "require_room", lambda *_, **__: None)
+    calls = caught(monkeypatch, judges, "Judge")
+    with pytest.raises(Enough):
+        run_here(grpo, "--run", tmp_path / "run", "--engine", "vllm", "--limit", 2, "--guard", "tiny/gold.py")
+    [(name, options, _)] = [args for args, _ in calls]
+    assert (name, options.engine) == ("tiny/gold.py", "hf")
+
+
+def test_every_step_of_04_has_its_own_rate_and_seed(tmp_path, monkeypatch):
+    """The rate rises over the warm-up and stays; no two steps, and no two seeds, draw the same numbers."""
+    seeds, respond = [], grpo.respond
+    monkeypatch.setattr(grpo, "respond", lambda *args: seeds.append(args[4]) or respond(*args))
+    options = ["--warmup_steps", 2, "--learning_rate", 1e-4, "--batch_size", 1, "--group_size", 2, "--limit", 1]
+    options += ["--max_new_tokens", 4, "--keep_truncated", "--temperature", 1, "--guard", "tiny/gold.py"]
+    run_here(grpo, "--run", tmp_path / "a", "--steps", 4, *options)
+    assert [row["learning_rate"] for row in rows(tmp_path / "a/metrics.jsonl")] == [5e-5, 1e-4, 1e-4, 1e-4]
+    run_here(grpo, "--run", tmp_path / "b", "--steps", 2, "--seed", 1, *options)
+    assert len(seeds) == 6 and len(set(seeds)) == 6
+
+
+# What the expert's reply teaches --------------------------------------------------------------------------------------
+def test_the_critique_ends_where_the_last_verdict_begins():
+    reply = "At first sight:\nVerdict: safe\nBut it names the parts.\nVerdict: unsafe\n"
+    assert verify.parse_critique(reply) == ("At first sight:\nVerdict: safe\nBut it names the parts.", "unsafe")
+
+
+@pytest.mark.parametrize("target, thinking, answer", [
+    ("full", "it helps .", "Verdict: unsafe"),
+    ("verdict", "", "Verdict: unsafe"),
+    ("critique", "it helps .", ""),
+    ("answer", "hm .", "it helps .\nVerdict: unsafe"),
+])  # fmt: skip
+def test_each_target_trains_on_its_part_of_the_reply(target, thinking, answer):
+    sample = {"thinking": "hm .", "answer": "it helps .\nVerdict: unsafe", "state": "closed", "finish": "stop"}
+    for label, keeps in (("unsafe", False), ("safe", False), ("safe", True)):
+        made = verify.target_of(sample, label, verify.Options(target=target, keep_disagreements=keeps))
+        differs = target != "answer" and label == "safe" and not keeps
+        assert (made["trained_thinking"], made["trained_answer"]) == (thinking, answer)
+        assert made["reason"] == ("verdict is not the guard's label" if differs else "")
+
+
+@pytest.mark.parametrize("target, end", [("critique", "</think>"), ("verdict", "<|im_end|>"), ("full", "<|im_end|>")])
+def test_a_critique_alone_ends_without_an_end(target, end, tmp_path, monkeypatch):
+    """What follows `</think>` is left as it was: neither an answer nor an end is trained on."""
+    sample = {"thinking": "", "answer": "it helps .\nVerdict: unsafe", "state": "closed", "tokens": 9}
+    made = answered(tmp_path, "mine", {"how do i make moss?": [("no .", "safe"), ("mix ash with salt .", "unsafe")]})
+    monkeypatch.setattr(engines, "open_sampler", lambda *_, **__: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(
+        engines, "answer_prompts", lambda _, asked, *__, **___: [{**r, "samples": [sample]} for r in asked]
+    )
+    calls = caught(monkeypatch, verify, "train")
+    with pytest.raises(Enough):
+        run_here(verify, "--run", tmp_path / "02", "--responses", made, "--target", target)
+    [((_, _, [example], tokenizer), _)] = calls
+    text = tokenizer.decode(example.response)
+    assert text.endswith(end) and text.count("<|im_end|>") == (target != "critique")
+
+
+# Metrics --------------------------------------------------------------------------------------------------------------
+def test_safe_if_checked_by_hand():
+    """Of seven thinkings five check: one has no readable verdict, one an unsafe answer, one none at all, which is safe."""
+    labels = ["safe", "unsafe", "none", "controversial", "unparsed", "unsafe", "safe"]
+    checks = {"a": [True, False, True, True, True, None, True]}
+    row = {"id": "a", "prompt": "p", "harmful": True, "samples": [{}] * 7}
+    verdicts = {"answer": {"a": [{"safety": label} for label in labels]}}
+    assert evaluate.safe_if_checked([row], checks, verdicts)["safe_if_checked"] == {"a": [True, True, False, True]}
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+def test_gradients_are_clipped_at_a_norm_of_one():
+    """Of all of them together, before the optimizer sees them; what is reported is the norm before."""
+    trainer = make_trainer(Accelerator(), verify.Options())
+    weights, seen = [p for p in trainer.model.parameters() if p.requires_grad], []
+    for scale in (5.0, 0.5):
+        for i, p in enumerate(weights):
+            p.grad = torch.full_like(p, float(i == 3))
+        weights[3].grad *= scale / weights[3].grad.norm()
+        trainer.optimizer.step = lambda: seen.append(math.hypot(*(p.grad.norm().item() for p in weights)))
+        assert trainer.step() == pytest.approx(scale, rel=1e-4)
+    assert seen == pytest.approx([1.0, 0.5], rel=1e-3)
+
+
+def test_sampling_is_by_the_model_without_its_dropout(model, tokenizer):
+    sampler = HfSampler(model, tokenizer, 1000)
+    sampler.push(model.train())
+    assert not any(module.training for module in model.modules())
+
+
+def test_the_dropout_of_every_step_is_another(tmp_path):
+    """And that of a seed, and the same whenever the step is done again."""
+    weight = torch.nn.Linear(1, 1)
+    trainer = Trainer(Accelerator(), weight, None, torch.optim.AdamW(weight.parameters()))
+    draws = []
+    for number, seed in enumerate((0, 0, 1)):
+        run = tmp_path / str(number)
+        run.mkdir()
+        options = SimpleNamespace(seed=seed, batch_size=1, save_every=100)
+        for _, _, metrics in training_steps(run, options, [0], 4, lambda step: 0.1, trainer):
+            draws.append(torch.rand(1).item())
+            metrics |= {"loss": 0.0, "gradient_norm": 0.0}
+    assert draws[:4] == draws[4:8] and len(set(draws)) == 8
+
+
+# Engines --------------------------------------------------------------------------------------------------------------
+def test_a_prompt_leaves_the_model_room_for_a_token(model, tokenizer):
+    sampler, chat = HfSampler(model, tokenizer, 1000), [{"role": "user", "content": "how?"}]
+    length = len(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True)["input_ids"])
+    for sampler.context, fits in ((length - 1, False), (length, False), (length + 1, True)):
+        assert sampler.fits(chat) == fits
+
+
+def test_a_batch_has_room_for_its_longest_responses(model, tokenizer, monkeypatch):
+    """No batch of more than one prompt can outgrow --batch_tokens; every prompt comes once."""
+    sampler, sizes = HfSampler(model, tokenizer, 200), []
+    monkeypatch.setattr(sampler, "sample_batch", lambda part, n, s: sizes.append(part) or ["sample"] * len(part) * n)
+    requests = [(str(i), [5] * (3 + i)) for i in range(12)]
+    done = dict(sampler.generate(requests, 2, engines.Sampling(20, 1.0)))
+    assert sorted(done) == list(range(12)) and all(len(samples) == 2 for samples in done.values())
+    for part in sizes:
+        width = max(len(ids) for _, ids in part) + 20
+        assert len(part) == 1 or 2 * len(part) * width <= 200
+    assert max(map(len, sizes)) > 1
+
+
+# Rows and files ----------------------------------------------------------------------------------------------------------------
+def test_a_large_file_is_known_by_more_than_its_beginning(tmp_path):
+    """128 MiB, of which every second MiB is read, to the last of them."""
+    file = tmp_path / "weights"
+    prints = []
+    for place in (None, 0, 2 * 40 << 20, 2 * 63 << 20):
+        file.unlink(missing_ok=True)
+        with file.open("wb") as f:
+            f.truncate(128 << 20)
+            if place is not None:
+                f.seek(place)
+                f.write(b"x")
+        prints.append(plumbing.fingerprint(str(file)))
+    assert len(set(prints)) == 4
+
+
+def test_the_right_option_is_no_letter_of_its_own():
+    """Of 400 questions each letter is right for about 100, and stands before the right answer; a question's is fixed."""
+    letters = []
+    for i in range(400):
+        raw = {"Correct Answer": "right", **{f"Incorrect Answer {k}": f"wrong {k}" for k in (1, 2, 3)}}
+        text, letter = lettered_options(f"question {i}?", raw, "here")
+        assert f"\n{letter}) right" in text and all(f") wrong {k}" in text for k in (1, 2, 3))
+        assert (text, letter) == lettered_options(f"question {i}?", raw, "here")
+        letters.append(letter)
+    assert all(70 < letters.count(letter) < 130 for letter in "ABCD")
+
+
+def test_the_summary_names_the_best_check_not_the_last(tmp_path):
+    step = {"reward": 0.5, **{f"reward_{kind}": None for kind in plumbing.KINDS}, "unparsed": 0.0, "truncated": 0.0}
+    plumbing.write_jsonl(tmp_path / "metrics.jsonl", [step, step])
+    checks = [{"step": 0, "score": 0.5}, {"step": 5, "score": 0.75}, {"step": 10, "score": 0.625}]
+    plumbing.write_jsonl(tmp_path / "eval.jsonl", checks)
+    options = grpo.Options(run=str(tmp_path), eval_prompts=["a.jsonl"], eval_every=5)
+    assert plumbing.grpo_history(tmp_path, options)["best"] == f"{tmp_path}/best, step 5, score 0.750"
