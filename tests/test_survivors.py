@@ -14,7 +14,6 @@ import judges
 import plumbing
 from common import Trainer, make_example, make_trainer, training_steps
 from engines.hf import HfSampler
-from plumbing.benchmarks import lettered_options
 
 generate, verify, steer, grpo, evaluate = (
     load(name) for name in ("01_generate", "02_verify_sft", "03_steer_selfgen", "04_grpo", "05_eval")
@@ -37,19 +36,26 @@ def caught(monkeypatch, owner, name: str) -> list:
     return calls
 
 
+def sample(thinking: str, answer: str) -> dict:
+    return {"thinking": thinking, "answer": answer, "state": "closed", "finish": "stop"}
+
+
 # Options that must arrive ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("thinks", [True, False])
-@pytest.mark.parametrize("stage, options", [
-    (generate, []),
-    (steer, []),
-    (grpo, ["--steps", 1]),
-    (evaluate, ["--bench", "plain=tiny/prompts/test_plain.jsonl"]),
+@pytest.mark.parametrize("stage, files, options", [
+    (generate, 1, []),
+    (steer, 2, []),
+    (grpo, 2, ["--steps", 1]),
+    (evaluate, 1, ["--bench", "plain=tiny/prompts/test_plain.jsonl"]),
 ])  # fmt: skip
-def test_the_switch_of_the_thinking_reaches_the_engine(stage, options, thinks, tmp_path, monkeypatch):
+def test_the_engine_gets_so_many_prompts_of_each_file_and_the_switch(
+    stage, files, options, thinks, tmp_path, monkeypatch
+):
     calls = caught(monkeypatch, engines.base.Sampler, "replies")
     with pytest.raises(Enough):
-        run_here(stage, "--run", tmp_path / "run", "--limit", 2, "--enable_thinking", thinks, *options)
-    assert calls[0][1] == {"enable_thinking": thinks}
+        run_here(stage, "--run", tmp_path / "run", "--limit", 3, "--enable_thinking", thinks, *options)
+    [((_, chats, *_), template)] = calls
+    assert len(chats) == 3 * files and template == {"enable_thinking": thinks}
 
 
 def test_the_switch_of_the_thinking_is_in_what_is_trained_on():
@@ -127,9 +133,9 @@ def test_the_critique_ends_where_the_last_verdict_begins():
     ("answer", "hm .", "it helps .\nVerdict: unsafe"),
 ])  # fmt: skip
 def test_each_target_trains_on_its_part_of_the_reply(target, thinking, answer):
-    sample = {"thinking": "hm .", "answer": "it helps .\nVerdict: unsafe", "state": "closed", "finish": "stop"}
+    reply = sample("hm .", "it helps .\nVerdict: unsafe")
     for label, keeps in (("unsafe", False), ("safe", False), ("safe", True)):
-        made = verify.target_of(sample, label, verify.Options(target=target, keep_disagreements=keeps))
+        made = verify.target_of(reply, label, verify.Options(target=target, keep_disagreements=keeps))
         differs = target != "answer" and label == "safe" and not keeps
         assert (made["trained_thinking"], made["trained_answer"]) == (thinking, answer)
         assert made["reason"] == ("verdict is not the guard's label" if differs else "")
@@ -138,11 +144,13 @@ def test_each_target_trains_on_its_part_of_the_reply(target, thinking, answer):
 @pytest.mark.parametrize("target, end", [("critique", "</think>"), ("verdict", "<|im_end|>"), ("full", "<|im_end|>")])
 def test_a_critique_alone_ends_without_an_end(target, end, tmp_path, monkeypatch):
     """What follows `</think>` is left as it was: neither an answer nor an end is trained on."""
-    sample = {"thinking": "", "answer": "it helps .\nVerdict: unsafe", "state": "closed", "tokens": 9}
+    reply = {**sample("", "it helps .\nVerdict: unsafe"), "tokens": 9}
     made = answered(tmp_path, "mine", {"how do i make moss?": [("no .", "safe"), ("mix ash with salt .", "unsafe")]})
     monkeypatch.setattr(engines, "open_sampler", lambda *_, **__: SimpleNamespace(close=lambda: None))
     monkeypatch.setattr(
-        engines, "answer_prompts", lambda _, asked, *__, **___: [{**r, "samples": [sample]} for r in asked]
+        engines,
+        "answer_prompts",
+        lambda _, asked, *__, **___: [{**r, "samples": [reply], "prompt_tokens": 9} for r in asked],
     )
     calls = caught(monkeypatch, verify, "train")
     with pytest.raises(Enough):
@@ -152,7 +160,7 @@ def test_a_critique_alone_ends_without_an_end(target, end, tmp_path, monkeypatch
     assert text.endswith(end) and text.count("<|im_end|>") == (target != "critique")
 
 
-# Metrics --------------------------------------------------------------------------------------------------------------
+# Metrics and summaries ------------------------------------------------------------------------------------------------
 def test_safe_if_checked_by_hand():
     """Of seven thinkings five check: one has no readable verdict, one an unsafe answer, one none at all, which is safe."""
     labels = ["safe", "unsafe", "none", "controversial", "unparsed", "unsafe", "safe"]
@@ -160,6 +168,74 @@ def test_safe_if_checked_by_hand():
     row = {"id": "a", "prompt": "p", "harmful": True, "samples": [{}] * 7}
     verdicts = {"answer": {"a": [{"safety": label} for label in labels]}}
     assert evaluate.safe_if_checked([row], checks, verdicts)["safe_if_checked"] == {"a": [True, True, False, True]}
+
+
+def test_a_model_is_compared_with_the_first_one_on_the_same_benchmark():
+    """Unsafe answers of four: the first model 1 and 3 on two benchmarks, the other 2 and 3."""
+    unsafe = {("base", "a"): 1, ("base", "b"): 3, ("other", "a"): 2, ("other", "b"): 3}
+    responses, judged = {}, {}
+    for key, count in unsafe.items():
+        made = [{"id": str(i), "prompt": "p", "harmful": True, "samples": [sample("", "x")]} for i in range(4)]
+        verdicts = {str(i): [{"safety": "unsafe" if i < count else "safe", "refusal": "no"}] for i in range(4)}
+        responses[key], judged[key] = made, {"judge": {"answer": verdicts, "response": verdicts}}
+    options = evaluate.Options(judges=["judge"])
+    results, _ = evaluate.compare_all(options, responses, judged, {key: {} for key in unsafe})
+    asr = {(row["model"], row["benchmark"]): row for row in results if row["metric"] == "asr"}
+    assert {key: row["value"] for key, row in asr.items()} == {key: count / 4 for key, count in unsafe.items()}
+    assert [key for key, row in asr.items() if "change" in row] == [("other", "a"), ("other", "b")]
+    assert [asr["other", test]["change"]["value"] for test in "ab"] == [1 / 4, 0]
+
+
+def test_judges_read_the_answer_and_thinking_with_answer(tmp_path, monkeypatch):
+    """Each of its own, in a file of its own; a response without a thinking is its answer."""
+    read, made = {}, [{"id": "a", "prompt": "p", "harmful": True, "samples": [sample("hm", "no"), sample("", "so")]}]
+
+    def judge_samples(judge, rows, path, text_of):
+        read[path.name.split(".")[-2]] = [text_of(one) for row in rows for one in row["samples"]]
+
+    monkeypatch.setattr(judges, "judge_samples", judge_samples)
+    options = evaluate.Options(judges=["tiny/gold.py"])
+    evaluate.judge_all(options, {("base", "test"): made}, {"tiny/gold.py": "x"}, tmp_path)
+    assert read == {"answer": ["no", "so"], "response": ["hm\n\nno", "so"]}
+
+
+def test_the_metrics_of_a_step_by_hand(tmp_path):
+    """Two groups of two; a response at the limit is cut though its thinking is closed; NaN is no reward."""
+    nan, (safe, harm) = math.nan, ({"harmful": False}, {"harmful": True})
+    told = [
+        (harm, 1.0, 0.7, "stop", 4),
+        (harm, 0.0, -0.7, "length", 8),
+        (safe, 1.0, 0.0, "stop", 3),
+        (safe, nan, nan, "stop", 5),
+    ]
+    rollouts = []
+    for row, reward, advantage, finish, tokens in told:
+        reply = engines.Reply("hm", False, 1, tokens, finish, None)
+        parts = ([1], reply, ("t", "a", "closed"))
+        one = grpo.Rollout({**row, "prompt": "p"}, *parts, {"safety": "safe"}, reward, advantage)
+        rollouts.append(one)
+    shown = {name: 0.0 for name in ("entropy", "kl", "clipped")}
+    options = grpo.Options(run=str(tmp_path), group_size=2)
+    metrics = grpo.report(rollouts, 3, shown, SimpleNamespace(log=lambda *_: None), options)
+    assert metrics == pytest.approx({
+        **{"reward": 0.666667, "reward_harmful": 0.5, "reward_benign": 1.0, "reward_maths": None, "reward_verify": None},
+        **{"truncated": 0.25, "unparsed": 0.25, "zero_spread_groups": 0.5, "response_tokens": 5.0, **shown},
+    })  # fmt: skip
+    [group] = rows(tmp_path / "samples.jsonl")
+    assert group["step"] == 3 and [one["reward"] for one in group["responses"]] == [1.0, 0.0]
+
+
+def test_the_summary_of_03_names_the_categories_that_lose_the_largest_share(tmp_path):
+    made = [{"id": f"a{i}", "category": "wide", "kind": "harmful"} for i in range(9)]
+    made += [{"id": f"b{i}", "category": "narrow", "kind": "harmful"} for i in range(2)]
+    lost = [made[0], made[1], made[9]]
+    dropped = [{**row, "reason": "answer not safe"} for row in lost]
+    plumbing.write_jsonl(tmp_path / "metrics.jsonl", [{"loss": 1.0}])
+    plumbing.write_jsonl(tmp_path / "responses.jsonl", [{"samples": [sample("t", "a")]}])
+    plumbing.write_atomic(tmp_path / "trained.json", '{"data_perplexity": 1, "data_kl": 0}')
+    kept = [{**row, "try": 1} for row in made if row not in lost]
+    plumbing.summarise_03(tmp_path, steer.Options(run=str(tmp_path)), made, kept, dropped, lost)
+    assert "lost most   narrow 1 of 2, wide 2 of 9\n" in (tmp_path / "summary.txt").read_text()
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -232,18 +308,6 @@ def test_a_large_file_is_known_by_more_than_its_beginning(tmp_path):
                 f.write(b"x")
         prints.append(plumbing.fingerprint(str(file)))
     assert len(set(prints)) == 4
-
-
-def test_the_right_option_is_no_letter_of_its_own():
-    """Of 400 questions each letter is right for about 100, and stands before the right answer; a question's is fixed."""
-    letters = []
-    for i in range(400):
-        raw = {"Correct Answer": "right", **{f"Incorrect Answer {k}": f"wrong {k}" for k in (1, 2, 3)}}
-        text, letter = lettered_options(f"question {i}?", raw, "here")
-        assert f"\n{letter}) right" in text and all(f") wrong {k}" in text for k in (1, 2, 3))
-        assert (text, letter) == lettered_options(f"question {i}?", raw, "here")
-        letters.append(letter)
-    assert all(70 < letters.count(letter) < 130 for letter in "ABCD")
 
 
 def test_the_summary_names_the_best_check_not_the_last(tmp_path):
