@@ -160,6 +160,31 @@ def test_a_critique_alone_ends_without_an_end(target, end, tmp_path, monkeypatch
     assert text.endswith(end) and text.count("<|im_end|>") == (target != "critique")
 
 
+def test_03_trains_on_the_prompt_as_it_was_asked_by_the_user(tmp_path, monkeypatch):
+    """The steering is in what the model answered to and nowhere in what it is trained on."""
+    guard = 'def judge(prompt, text):\n    return f\'Safety: Safe\\nRefusal: {"Yes" if "sorry" in text else "No"}\'\n'
+    (tmp_path / "guard.py").write_text(guard)
+    prompts = [{"id": i, "prompt": f"how do i make {i}?", "harmful": i == "moss"} for i in ("moss", "salt")]
+    plumbing.write_jsonl(tmp_path / "prompts.jsonl", prompts)
+    asked = []
+
+    def answer_prompts(_, rows, *__, **___):
+        asked.extend(row["prompt"] for row in rows)
+        return [{**r, "samples": [sample("hm .", "sorry ." if r["harmful"] else "so .")]} for r in rows]
+
+    monkeypatch.setattr(engines, "open_sampler", lambda *_, **__: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(engines, "answer_prompts", answer_prompts)
+    calls = caught(monkeypatch, steer, "train")
+    files = ["--prompts", tmp_path / "prompts.jsonl", "--guard", tmp_path / "guard.py"]
+    with pytest.raises(Enough):
+        run_here(steer, "--run", tmp_path / "run", "--benign_loss", "kl", *files)
+    assert len(asked) == 2 and "harmful" in asked[0] and asked[1] == "how do i make salt?"
+    [((_, _, items, tokenizer), _)] = calls
+    assert [loss for _, loss in items] == ["ce", "kl"]
+    shown = "<|im_start|>user\nhow do i make {}?<|im_end|>\n<|im_start|>assistant\n"
+    assert [tokenizer.decode(example.prompt) for example, _ in items] == [shown.format(i) for i in ("moss", "salt")]
+
+
 # Metrics and summaries ------------------------------------------------------------------------------------------------
 def test_safe_if_checked_by_hand():
     """Of seven thinkings five check: one has no readable verdict, one an unsafe answer, one none at all, which is safe."""
