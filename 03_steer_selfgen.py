@@ -38,9 +38,9 @@ from accelerate import Accelerator
 
 import engines
 import judges
-from common import Example, SamplingOptions, TrainingOptions, dry_run, epochs_of, load_tokenizer
-from common import make_example, make_trainer, micro_batches, own_share, pad_batch, save_checkpoint
-from common import show_example
+from common import Example, SamplingOptions, TokenScorer, TrainingOptions, dry_run, epochs_of
+from common import load_model, load_tokenizer, make_example, make_trainer, micro_batches, own_share
+from common import pad_batch, save_checkpoint, show_example
 from plumbing import fail
 
 # FORK HERE: the steering instructions, one user turn. "prefix" is the official code's to the
@@ -218,18 +218,20 @@ def self_generate(options: Options, run: Path, rows: list[dict]):
 
 # Train --------------------------------------------------------------------------------------------
 @torch.no_grad()
-def perplexity_and_kl(trainer, items, options: Options) -> tuple[float, float]:
-    """(perplexity, token-level KL to the initial model) on at most 512 of the training examples:
-    the paper's argument about distribution shift in two figures."""
+def perplexity_and_kl(items, options: Options, checkpoint: Path) -> dict[str, float]:
+    """Perplexity under the initial model and token-level KL to it of the checkpoint as written, on
+    at most 512 training examples: the paper's argument about distribution shift in two figures."""
+    initial = TokenScorer(load_model(options.model))
+    trained = TokenScorer(load_model(str(checkpoint)), reference=initial.model)
     examples = [example for example, _ in items[:: 1 + len(items) // 512]]
     negative, divergence, tokens = 0.0, 0.0, 0
     for indices in micro_batches(examples, options.micro_batch_tokens):
-        batch = pad_batch([examples[i] for i in indices], trainer.accelerator.device)
-        scores = trainer.scorer(*batch, full_kl=True)
-        negative -= scores.log_probs.sum().item()
-        divergence += scores.divergence.sum().item()
-        tokens += len(scores.log_probs)
-    return math.exp(negative / tokens), divergence / tokens
+        batch = pad_batch([examples[i] for i in indices], initial.model.device)
+        log_probs = initial(*batch).log_probs
+        negative -= log_probs.sum().item()
+        divergence += trained(*batch, full_kl=True).divergence.sum().item()
+        tokens += len(log_probs)
+    return {"data_perplexity": math.exp(negative / tokens), "data_kl": divergence / tokens}
 
 
 def train(options: Options, run: Path, items: list[tuple[Example, str]], tokenizer):
@@ -238,7 +240,6 @@ def train(options: Options, run: Path, items: list[tuple[Example, str]], tokeniz
     however the step is cut into micro-batches (trap 11)."""
     trainer = make_trainer(Accelerator(), options, lora_dropout=options.lora_dropout)
     accelerator, model, scorer, _ = trainer
-    perplexity, _ = perplexity_and_kl(trainer, items, options)
     model.train()
     for _, batch, metrics in epochs_of(run, options, items, trainer):
         totals = {name: torch.zeros((), device=accelerator.device) for name in ("ce", "kl")}
@@ -255,11 +256,8 @@ def train(options: Options, run: Path, items: list[tuple[Example, str]], tokeniz
         metrics["gradient_norm"] = trainer.step()
         totals = {name: t.item() for name, t in accelerator.reduce(totals, "sum").items()}
         metrics |= {"loss": totals["ce"] + totals["kl"], "kl": totals["kl"]}
-    model.eval()
-    _, divergence = perplexity_and_kl(trainer, items, options)
-    figures = {"data_perplexity": perplexity, "data_kl": divergence}
-    plumbing.write_atomic(run / "trained.json", json.dumps(figures))
-    save_checkpoint(model, tokenizer, run / "checkpoint", options.model)  # last: training is done
+    (run / "trained.json").unlink(missing_ok=True)  # it is of an older checkpoint
+    save_checkpoint(model, tokenizer, run / "checkpoint", options.model)
     accelerator.wait_for_everyone()
 
 
@@ -291,6 +289,10 @@ def main():
     show_example(tokenizer, items[0][0])
     if not (run / "checkpoint").exists():
         train(options, run, items, tokenizer)
+    if not (run / "trained.json").exists():
+        figures = perplexity_and_kl(items, options, run / "checkpoint")
+        plumbing.write_atomic(run / "trained.json", json.dumps(figures))
+    plumbing.processes().wait_for_everyone()  # every process finds trained.json
     plumbing.summarise_03(run, options, rows, kept, dropped, lost)
 
 

@@ -199,9 +199,9 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.scale = alpha / rank
         self.on = True
-        device = base.weight.device
-        self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        exact = {"device": base.weight.device, "dtype": torch.float32}  # W may be bfloat16
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, **exact))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **exact))
         self.dropout = nn.Dropout(dropout)
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
@@ -218,14 +218,11 @@ def add_lora(model, rank: int, alpha: float, dropout: float, targets: list[str],
     `targets`."""
     torch.manual_seed(seed)
     model.requires_grad_(False)
-    replaced = 0
     for name, module in list(model.named_modules()):
         parent, _, last = name.rpartition(".")
         if isinstance(module, nn.Linear) and last in targets:
-            layer = LoRALinear(module, rank, alpha, dropout)
-            setattr(model.get_submodule(parent), last, layer)
-            replaced += 1
-    if not replaced:
+            setattr(model.get_submodule(parent), last, LoRALinear(module, rank, alpha, dropout))
+    if not lora_layers(model):
         fail(f"no linear layer is named {' or '.join(targets)} (--lora_targets: its last part)")
 
 
@@ -248,23 +245,27 @@ def lora_off(model):
 
 @torch.no_grad()
 def save_checkpoint(model, tokenizer, folder: Path, source: str):
-    """A plain Hugging Face folder in the precision of `source`, the model that training started
-    from. LoRA is merged into what is written; the live model stays as it is."""
+    """A plain Hugging Face folder in the precision of `source`, where training started; the live
+    model stays. LoRA is merged; lora.json: the share of its layers' entries that this changed."""
     state = plumbing.gather(model.state_dict(keep_vars=True))
     if plumbing.processes().process_index > 0:
         return
     dtype = plumbing.model_config(source).dtype or torch.float32
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    changed, entries = 0, 0
     for name, layer in lora_layers(model):
-        base = state.pop(f"{name}.base.weight")
-        A, B = state.pop(f"{name}.A"), state.pop(f"{name}.B")
-        state[f"{name}.weight"] = base + layer.scale * (B @ A).to(base.dtype)
+        base, A, B = (state.pop(f"{name}.{part}") for part in ("base.weight", "A", "B"))
+        state[f"{name}.weight"] = merged = (base.float() + layer.scale * (B @ A)).to(dtype)
+        changed += (merged != base.to(dtype)).sum().item()
+        entries += merged.numel()
         if layer.base.bias is not None:
             state[f"{name}.bias"] = state.pop(f"{name}.base.bias")
     state = {name: tensor.to(dtype) for name, tensor in state.items()}
     model.save_pretrained(temporary, state_dict=state)
     tokenizer.save_pretrained(temporary)
+    if entries:
+        plumbing.write_jsonl(temporary / "lora.json", [{"changed": changed / entries}])
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 
@@ -338,11 +339,11 @@ class Scores(NamedTuple):
 class TokenScorer(nn.Module):
     """The trainer's forward pass, a module so that accelerate can wrap it."""
 
-    def __init__(self, model, recompute: bool = False):
+    def __init__(self, model, recompute: bool = False, reference=None):
         super().__init__()
         if recompute:
             model.gradient_checkpointing_enable()
-        self.model = model
+        self.model, self.reference = model, reference
         self._no_split_modules = model._no_split_modules  # FSDP shards these layers one by one
         self.fast = True
         self.fast = plumbing.holds(model, self.response_log_probs, "the head by itself, in chunks,")
@@ -357,37 +358,37 @@ class TokenScorer(nn.Module):
 
         The head runs on response positions only, `chunk` at a time (0 = as many as fill 40 MB, on a
         GPU 1 GB, of logits) and again in the backward pass, so that logits of a 151 k vocabulary
-        never exist at once. `full_kl` runs the model a second time with LoRA off, the reference."""
+        never exist at once. `full_kl` runs the reference too: without one, the model, LoRA off."""
 
-        def hidden_states():  # (N, H): position t predicts token t + 1; (N, V) if not fast
-            decoder = self.model.get_decoder() if self.fast else self.model
+        def hidden_states(model):  # (N, H): position t predicts token t + 1; (N, V) if not fast
+            decoder = model.get_decoder() if self.fast else model
             output = decoder(input_ids=ids, use_cache=False)
             states = output.last_hidden_state if self.fast else output.logits  # (B, T, H or V)
             return states[:, :-1][mask[:, 1:]]
 
-        def distribution(h):
-            head = self.model.get_output_embeddings() if self.fast else torch.clone
+        def distribution(model, h):
+            head = model.get_output_embeddings() if self.fast else torch.clone
             logits = head(h).float()  # (chunk, V)
             return F.log_softmax(logits.div_(temperature) if temperature != 1 else logits, dim=-1)
 
         def head(h, label, h0):
-            log_p = distribution(h)
+            log_p = distribution(self.model, h)
             with torch.no_grad():
                 entropy = -log_p.exp().mul_(log_p).sum(-1)  # in place: one (chunk, V) less
             divergence = None
             if full_kl:
                 with torch.no_grad(), lora_off(self.model):  # the head may have LoRA too
-                    log_r = distribution(h0)
+                    log_r = distribution(self.reference or self.model, h0)
                 divergence = (log_r.exp() * (log_r - log_p)).sum(-1)
             return log_p.gather(1, label.unsqueeze(1)).squeeze(1), entropy, divergence
 
         logits_at_once = 2**28 if ids.is_cuda else 10_000_000
         chunk = chunk or logits_at_once // self.model.config.vocab_size
-        hidden, labels = hidden_states(), ids[:, 1:][mask[:, 1:]]
+        hidden, labels = hidden_states(self.model), ids[:, 1:][mask[:, 1:]]
         reference = [None] * (1 + len(labels) // chunk)
         if full_kl:
             with torch.no_grad(), lora_off(self.model):
-                reference = hidden_states().split(chunk)
+                reference = hidden_states(self.reference or self.model).split(chunk)
         parts = []
         for part in zip(hidden.split(chunk), labels.split(chunk), reference):
             parts.append(torch.utils.checkpoint.checkpoint(head, *part, use_reentrant=False))
@@ -416,7 +417,7 @@ class Trainer(NamedTuple):
 
 
 def make_trainer(accelerator, options, dtype=None, lora_dropout: float = 0.0) -> Trainer:
-    """The model, with LoRA where the options have a rank, and AdamW on what is not frozen."""
+    """The model, with LoRA in float32 if the options have a rank, and AdamW on what is trained."""
     model = load_model(options.model, dtype)
     if options.lora_rank:
         lora = (options.lora_rank, options.lora_alpha, lora_dropout, options.lora_targets)

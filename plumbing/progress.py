@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from plumbing.names import model_config
 from plumbing.process import fail, processes
 from plumbing.prompts import KINDS, kind_of
 from plumbing.rows import append_jsonl, read_jsonl, reopen_jsonl
@@ -212,6 +213,11 @@ def grpo_history(run: Path, options) -> dict[str, str]:
     if truncated > 0.1:
         what = f"WARNING: {truncated:.1%} of the responses; raise --max_new_tokens"
         lines["cut"] = f"{what} (now {options.max_new_tokens})"
+    lora = run / "checkpoint/lora.json"
+    if lora.exists():
+        [merged] = read_jsonl(lora)
+        precision = str(model_config(options.model).dtype or "float32").removeprefix("torch.")
+        lines["merged"] = f"LoRA changed {merged['changed']:.1%} of its entries in {precision}"
     lines["unparsed"] = f"{unparsed:.2%} of the responses had no reward"
     lines["checkpoint"] = f"{run}/checkpoint"
     return lines

@@ -10,8 +10,9 @@ from emulated import CUDA, emulated_cuda, on_cuda
 from safetensors.torch import load_file
 
 import common
-from common import load_model
-from engines import Sampling, hf
+import plumbing
+from common import load_model, make_trainer
+from engines import Reply, Sample, Sampling, hf
 from plumbing import write_jsonl
 from tiny import world
 
@@ -19,6 +20,16 @@ generate, verify, steer, grpo, evaluate = map(
     load, ("01_generate", "02_verify_sft", "03_steer_selfgen", "04_grpo", "05_eval")
 )
 REFUSED = "Expected all tensors to be on the same device"
+GUARD = '''
+"""Calls every second answer safe, so that a group of different answers has different rewards."""
+
+answers = []
+
+
+def judge(prompt, answer):
+    answers.append(answer)
+    return f"Safety: {'Safe' if len(answers) % 2 else 'Unsafe'}\\nRefusal: No"
+'''
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +44,7 @@ def folder(tmp_path_factory):
         responses.append({**row, "samples": [{"answer": text} for text in (item.steps, item.refusal)]})
         verdicts = [{"safety": "unsafe" if item.harmful else "safe"}, {"safety": "safe"}]
         labels.append({"id": item.name, "verdicts": verdicts})
+    (folder / "guard.py").write_text(GUARD)
     (folder / "by_hand").mkdir()
     write_jsonl(folder / "prompts.jsonl", prompts)
     write_jsonl(folder / "by_hand/responses.jsonl", responses)
@@ -46,8 +58,8 @@ def verify_options(folder) -> list:
 
 
 def grpo_options(folder) -> list:
-    options = ["--prompts", folder / "prompts.jsonl", "--batch_size", 2, "--group_size", 2, "--temperature", 1]
-    return [*options, "--guard", "tiny/gold.py", "--max_sampler_gap", 0.05]
+    options = ["--prompts", folder / "prompts.jsonl", "--batch_size", 2, "--group_size", 4, "--temperature", 1.5]
+    return [*options, "--guard", folder / "guard.py", "--max_sampler_gap", 0.05]
 
 
 def on_gpu(stage, *args):
@@ -153,12 +165,33 @@ def test_04_samples_rewards_and_updates(folder, tmp_path, more):
 
 
 # Planted mistakes -----------------------------------------------------------------------------------------------------
-def test_a_batch_left_on_the_cpu_is_seen(folder, tmp_path, monkeypatch):
+def batch_on_the_cpu(monkeypatch):
     honest = common.pad_batch
-    for stage, options in ((verify, verify_options(folder)), (grpo, [*grpo_options(folder), "--steps", 1])):
-        monkeypatch.setattr(stage, "pad_batch", lambda rows, device: honest(rows))
-        with pytest.raises(RuntimeError, match=REFUSED), emulated_cuda():
-            run_here(stage, "--run", tmp_path / stage.__name__, *options)
+    monkeypatch.setattr(grpo, "pad_batch", lambda rows, device: honest(rows))
+
+
+def advantages_on_the_cpu(monkeypatch):
+    honest = grpo.grpo_loss
+
+    def grpo_loss(log_probs, old, reference, advantages, *rest):
+        return honest(log_probs, old, reference, advantages.cpu(), *rest)
+
+    monkeypatch.setattr(grpo, "grpo_loss", grpo_loss)
+
+
+@pytest.mark.parametrize("plant", [None, batch_on_the_cpu, advantages_on_the_cpu])
+def test_an_update_with_something_left_on_the_cpu(tmp_path, monkeypatch, plant):
+    reply = Reply("", False, 2, 3, "stop", Sample([8, 9, 2], [-1.0] * 3, "stop"))
+    rollout = grpo.Rollout({}, [5, 6], reply, ("", "", "closed"), advantage=1.0, weight=0.3)
+    options = grpo.Options(max_sampler_gap=99)
+    with emulated_cuda():
+        trainer = make_trainer(plumbing.open_accelerator(options, tmp_path), options, torch.float32)
+        if plant:
+            plant(monkeypatch)
+            with pytest.raises(RuntimeError, match=REFUSED):
+                grpo.update([rollout], trainer, None, 0, options)
+        else:
+            assert grpo.update([rollout], trainer, None, 0, options)["gradient_norm"] > 0
 
 
 def test_random_numbers_left_on_the_cpu_are_seen(tokenizer, requests, monkeypatch):
@@ -168,15 +201,3 @@ def test_random_numbers_left_on_the_cpu_are_seen(tokenizer, requests, monkeypatc
         sampler = hf.HfSampler(load_model("tiny/lrm"), tokenizer, 4096)
         with pytest.raises(RuntimeError, match=REFUSED):
             list(sampler.generate(requests[:2], 2, Sampling(4, 1.0)))
-
-
-def test_advantages_left_on_the_cpu_are_seen(folder, tmp_path, monkeypatch):
-    honest = grpo.grpo_loss
-
-    def grpo_loss(log_probs, old, reference, advantages, *rest):
-        return honest(log_probs, old, reference, advantages.cpu(), *rest)
-
-    monkeypatch.setattr(grpo, "grpo_loss", grpo_loss)
-    options = ["--run", tmp_path / "run", *grpo_options(folder), "--steps", 1, "--beta", 0.1]
-    with pytest.raises(RuntimeError, match=REFUSED), emulated_cuda():
-        run_here(grpo, *options)

@@ -361,3 +361,83 @@ def test_tensorboard_gets_the_metrics(tmp_path):
     main("--run", tmp_path / "run", *SMALL, "--steps", 2, "--trackers", "tensorboard")
     found = [event.value for event in EventAccumulator(f"{tmp_path}/run/04_grpo").Reload().Scalars("reward")]
     assert found == pytest.approx([m["reward"] for m in metrics(tmp_path / "run")], abs=1e-5)
+
+
+# LoRA and bfloat16 ----------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory):
+    """tiny/lrm, written in bfloat16."""
+    folder = tmp_path_factory.mktemp("rounded") / "lrm"
+    load_model("tiny/lrm", torch.bfloat16).save_pretrained(folder)
+    common.load_tokenizer("tiny/lrm").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("add, expected", [(2**-9, 1 / 4), (2**-8, 1 / 2), (0, 0), (1, 1)])
+def test_the_share_of_entries_that_a_merge_changes_by_hand(rounded, tmp_path, tokenizer, add, expected):
+    """Of the numbers 1/4, 1, 2 and 4, which bfloat16 has 7 bits for behind the first, `add` moves those whose next
+    number is less than twice as far: half a step of 1 is 2**-8, which is a tie and goes to the even number."""
+    numbers = torch.tensor([0.25, 1.0, 2.0, 4.0])
+    if add == 2**-8:
+        add *= 1.01  # no tie
+    net = load_model(rounded, torch.float32)
+    common.add_lora(net, 1, 2.0, 0.0, ["v_proj"], 0)
+    for _, layer in common.lora_layers(net):
+        rows, columns = layer.base.weight.shape
+        layer.base.weight.copy_(numbers.repeat(rows, columns // 4))
+        layer.A.data.fill_(1.0)
+        layer.B.data.fill_(add / 2)  # alpha / rank = 2
+    common.save_checkpoint(net, tokenizer, tmp_path / "checkpoint", rounded)
+    assert json.loads((tmp_path / "checkpoint/lora.json").read_text()) == {"changed": expected}
+    assert load_file(tmp_path / "checkpoint/model.safetensors").popitem()[1].dtype == torch.bfloat16
+
+
+def test_the_summary_says_what_the_merge_changed(rounded, tmp_path):
+    """Counted again from the two folders: of the entries of LoRA's layers, those that differ."""
+    options = ["--model", rounded, "--guard", "tiny/gold.py", "--lora_rank", 4, "--lora_targets", "q_proj"]
+    options += ["--steps", 2, "--learning_rate", 3e-3, "--max_sampler_gap", 0.05]
+    main("--run", tmp_path / "run", *SMALL, *options)
+    a, b = (load_file(f"{folder}/model.safetensors") for folder in (rounded, tmp_path / "run/checkpoint"))
+    names = [name for name in a if "q_proj" in name]
+    differ, entries = (sum(n) for n in zip(*[((a[k] != b[k]).sum().item(), a[k].numel()) for k in names]))
+    assert 0 < differ < entries and all(torch.equal(a[name], b[name]) for name in a.keys() - set(names))
+    assert (
+        f"LoRA changed {differ / entries:.1%} of its entries in bfloat16\n"
+        in (tmp_path / "run/summary.txt").read_text()
+    )
+    assert not (ROOT / rounded / "lora.json").exists()
+
+
+def test_lora_on_a_base_in_bfloat16_trains_in_float32(rounded):
+    """As on a GPU: gradients of A and B alone, in float32, and a loss close to that of a base in float32."""
+    batch = common.pad_batch([common.Example([5, 6, 7], [8, 9, 10, 11]), common.Example([5], [10, 11, 12, 2])])
+    losses, gradients = [], []
+    for dtype in (torch.bfloat16, torch.float32):
+        net = load_model(rounded, dtype)
+        common.add_lora(net, 4, 8.0, 0.0, ["q_proj", "down_proj"], 0)
+        for _, layer in common.lora_layers(net):
+            torch.nn.init.normal_(layer.B, std=0.02)
+        loss = -common.TokenScorer(net)(*batch).log_probs.mean()
+        loss.backward()
+        trained = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+        assert {name.rpartition(".")[2] for name in trained} == {"A", "B"}
+        assert {p.dtype for p in net.parameters() if not p.requires_grad} == {dtype}
+        assert {gradient.dtype for gradient in trained.values()} == {torch.float32}
+        losses.append(loss.item())
+        gradients.append(torch.cat([gradient.flatten() for gradient in trained.values()]))
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.98
+
+
+@pytest.mark.parametrize("rank, expected", [(4, torch.bfloat16), (0, torch.float32)])
+def test_only_a_frozen_base_is_in_bfloat16_on_a_gpu(rank, expected, monkeypatch, tmp_path):
+    asked = []
+
+    def make_trainer(accelerator, options, dtype=None):
+        asked.append(dtype or torch.bfloat16)  # load_model's choice on a GPU
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grpo, "make_trainer", make_trainer)
+    with pytest.raises(KeyboardInterrupt):
+        main("--run", tmp_path / "run", *SMALL, "--lora_rank", rank)
+    assert asked == [expected]

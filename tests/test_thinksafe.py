@@ -326,6 +326,24 @@ def test_losses_and_figures_are_those_of_plain_forward_passes(tmp_path):
     assert f"2 steps, loss {sum(first):.3f} -> {sum(second):.3f}\n" in (twice / "run/summary.txt").read_text()
 
 
+def test_the_shift_is_that_of_the_checkpoint_as_it_was_written(tmp_path, monkeypatch, tokenizer):
+    """From a model in bfloat16: rounding takes a part of what LoRA learned, or adds to it, and trained.json tells of the
+    checkpoint, not of the model that was trained."""
+    source, live, honest = str(tmp_path / "rounded"), [], stage.save_checkpoint
+    load_model("tiny/lrm", torch.bfloat16).save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    monkeypatch.setattr(stage, "save_checkpoint", lambda model, *rest: live.append(model) or honest(model, *rest))
+    options = ["--model", source, "--batch_size", 5, "--epochs", 1, "--learning_rate", "3e-4"]
+    run_here(stage, *write_kl_case(tmp_path / "case", *options))
+    both = [example for examples in examples_of(tmp_path / "case").values() for example in examples]
+    nets = (load_model(name).double() for name in (source, f"{tmp_path}/case/run/checkpoint"))
+    initial, written = nets
+    trained = results(tmp_path / "case")[1]
+    expected, unrounded = mean_kl(initial, written, both), mean_kl(initial, live[0].double(), both)
+    assert trained["data_kl"] == pytest.approx(expected, rel=1e-2)
+    assert trained["data_kl"] != pytest.approx(unrounded, rel=1e-1) and unrounded > 1e-7
+
+
 def test_a_row_weighs_the_same_whichever_loss_it_has(tmp_path):
     """Two harmful rows and five benign ones in one step, in micro-batches of one: 2/7 of the cross-entropy's mean, 5/7 of
     the KL's."""
