@@ -106,7 +106,7 @@ class Rollout:
 
     row: dict  # the prompt's row
     prompt: list[int]  # its ids, as they were read
-    reply: engines.Reply  # text, ids and the sampler's log-probs
+    reply: engines.Reply  # ids and the sampler's log-probs; no text, which `parsed` has
     parsed: tuple[str, str, str]  # thinking, answer, state
     verdict: dict = field(default_factory=dict)  # the guard's, of the answer
     reward: float = math.nan  # NaN: none
@@ -180,7 +180,7 @@ def respond(sampler, guard, rows, n: int, seed: int, options: Options) -> list[R
             prompt, _ = render_chat(sampler.tokenizer, chats[index][1], **template)
             for k, reply in enumerate(replies):
                 parsed = split_response(reply.text, reply.opened)
-                rollouts.append((place + k, Rollout(row, prompt, reply, parsed)))
+                rollouts.append((place + k, Rollout(row, prompt, reply._replace(text=""), parsed)))
                 shown = plumbing.kind_of(row) in ("harmful", "benign")
                 pairs.append((row["prompt"], parsed[1] if shown else ""))
         for (_, rollout), verdict in zip(rollouts, guard.verdicts(pairs)):

@@ -143,7 +143,6 @@ def split_response(text: str, opened: bool = False) -> tuple[str, str, str]:
     return thinking.strip(), answer.strip(), "closed" if closed else "truncated"
 
 
-# A verdict of our own verification prompt is a line of its own; whoever reads one takes the last
 VERDICT_LINE = re.compile(r"^[^\w\n]*(?ai:verdict):[^\w\n]*((?ai:safe|unsafe))[^\w\n]*$", re.M)
 
 

@@ -58,8 +58,8 @@ def verify_options(folder) -> list:
 
 
 def grpo_options(folder) -> list:
-    options = ["--prompts", folder / "prompts.jsonl", "--batch_size", 2, "--group_size", 4, "--temperature", 1.5]
-    return [*options, "--guard", folder / "guard.py", "--max_sampler_gap", 0.05]
+    options = ["--prompts", folder / "prompts.jsonl", "--batch_size", 1, "--group_size", 4, "--temperature", 1.5]
+    return [*options, "--guard", folder / "guard.py", "--max_sampler_gap", 0.05, "--max_new_tokens", 40]
 
 
 def on_gpu(stage, *args):

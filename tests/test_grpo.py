@@ -111,7 +111,7 @@ def test_a_repeated_row_gets_other_samples(model, tokenizer):
     )
     sampler, guard = HfSampler(model, tokenizer, 32_768), Judge("tiny/gold.py", options)
     made, again = (grpo.respond(sampler, guard, [row] * 2, 8, 0, options) for _ in "ab")
-    texts = [rollout.reply.text for rollout in made]
+    texts = [rollout.parsed for rollout in made]
     assert texts[:8] != texts[8:] and made == again
 
 

@@ -141,6 +141,18 @@ def test_a_response_cut_at_the_limit_is_no_training_data(tmp_path, capsys):
     assert "WARNING: 40.0% of the responses; raise --max_new_tokens (now 64)\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("target", ["full", "verdict", "critique", "answer"])
+def test_a_cut_reply_of_an_expert_is_no_training_data(target):
+    """In stage 02, even where its verdict stands in what came before the cut."""
+    verify = load("02_verify_sft")
+    reply = {"thinking": "hm.", "answer": "it names the parts.\nVerdict: unsafe", "state": "closed"}
+    for finish, reason in (("stop", ""), ("length", "cut")):
+        made = verify.target_of({**reply, "finish": finish}, "unsafe", verify.Options(target=target))
+        assert made["reason"] == reason
+    unclosed = {**reply, "state": "truncated", "finish": "stop"}
+    assert verify.target_of(unclosed, "unsafe", verify.Options(target=target))["reason"] == "cut"
+
+
 @pytest.mark.parametrize("guard", ["llama_guard:tiny/guard", "harmbench:tiny/guard"])
 def test_a_guard_that_says_nothing_of_refusals_is_refused_at_the_start(guard, tmp_path):
     """03 would drop every sample, 04 would give benign prompts no reward; the official rules need no refusals."""
