@@ -199,12 +199,13 @@ def test_a_model_is_compared_with_the_first_one_on_the_same_benchmark():
     """Unsafe answers of four: the first model 1 and 3 on two benchmarks, the other 2 and 3."""
     unsafe = {("base", "a"): 1, ("base", "b"): 3, ("other", "a"): 2, ("other", "b"): 3}
     responses, judged = {}, {}
-    for key, count in unsafe.items():
+    for (model, test), count in unsafe.items():
+        key = (model, evaluate.Case(test, "preset", ""))
         made = [{"id": str(i), "prompt": "p", "harmful": True, "samples": [sample("", "x")]} for i in range(4)]
         verdicts = {str(i): [{"safety": "unsafe" if i < count else "safe", "refusal": "no"}] for i in range(4)}
         responses[key], judged[key] = made, {"judge": {"answer": verdicts, "response": verdicts}}
     options = evaluate.Options(judges=["judge"])
-    results, _ = evaluate.compare_all(options, responses, judged, {key: {} for key in unsafe})
+    results, _ = evaluate.compare_all(options, responses, judged, {key: {} for key in judged})
     asr = {(row["model"], row["benchmark"]): row for row in results if row["metric"] == "asr"}
     assert {key: row["value"] for key, row in asr.items()} == {key: count / 4 for key, count in unsafe.items()}
     assert [key for key, row in asr.items() if "change" in row] == [("other", "a"), ("other", "b")]
@@ -220,7 +221,7 @@ def test_judges_read_the_answer_and_thinking_with_answer(tmp_path, monkeypatch):
 
     monkeypatch.setattr(judges, "judge_samples", judge_samples)
     options = evaluate.Options(judges=["tiny/gold.py"])
-    evaluate.judge_all(options, {("base", "test"): made}, {"tiny/gold.py": "x"}, tmp_path)
+    evaluate.judge_all(options, {("base", evaluate.Case("test", "preset", "")): made}, {"tiny/gold.py": "x"}, tmp_path)
     assert read == {"answer": ["no", "so"], "response": ["hm\n\nno", "so"]}
 
 
