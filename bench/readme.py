@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from plumbing import fail, write_atomic  # noqa: E402
 
-OPTIONAL = [f"results/{name}" for name in ("attacks", "attack_search")]  # with any ending
+OPTIONAL = ["results/attacks", "results/attack/attack"]  # with any ending
 END = "<!-- end -->"
 BLOCK = re.compile(rf"(<!-- (results/[^\s,]+)(?:, (.+?))? -->\n)(.*?){END}", re.S)
 HEADLINE = {  # heading -> (benchmark, metric)

@@ -134,7 +134,8 @@ What the world cannot say about real models:
 
 - The intervals are over seeds of sampling and training: one world, one base model of under a million weights, one set
   of test prompts; and no correction for the number of claims.
-- Its jailbreaks are fixed sentences around a request; nobody adapts an attack to the trained model.
+- Its jailbreaks are fixed sentences around a request, and one answer is judged: attacks on the trained models are
+  another table (`python bench/attacked.py`, `make attack`).
 - Its reasoning is two-step sums, all right before training: they can be lost, not gained.
 - Its thinkings follow one pattern, so a critique can open just as they do; whether a real one must is open.
 - Its teacher has other words and never learnt sums: what the teacher's answers cost says something about this teacher.

@@ -59,7 +59,7 @@ def page_with(tmp_path, monkeypatch, text, name="README.md"):
     ("results/a.txt", "kept  3\n"),
     ("results/a.png, picture of a thing", "![a thing](../results/a.png)\n"),
     ("results/attacks.md", ""),
-    ("results/attack_search.png, picture of it", ""),
+    ("results/attack/attack.png, picture of it", ""),
 ])  # fmt: skip
 def test_a_block_by_hand(tmp_path, monkeypatch, mark, body):
     text = f"a\n<!-- {mark} -->\nold\n<!-- end -->\nb\n"
