@@ -97,25 +97,30 @@ def table(rates: dict[str, dict[str, dict]], seeds: int) -> str:
 
 
 def figure(rates: dict[str, dict[str, dict]], path: Path):
-    """A heat map, a row for each model and a column for each attack."""
+    """A heat map, a row for each model and a column for each attack; compliance beside them."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     attacks = [heading for heading in COLUMNS if "compliance" not in heading]
-    shares = [[columns[a]["mean"] for a in attacks] for columns in rates.values()]
-    fig, axis = plt.subplots(figsize=(9, 0.42 * len(rates) + 1.6), layout="constrained")
-    axis.imshow(shares, cmap="Reds", vmin=0, vmax=1, aspect="auto")
-    for y, columns in enumerate(rates.values()):
-        for x, attack in enumerate(attacks):
-            cell = columns[attack]
-            color = "white" if cell["mean"] > 0.6 else "black"
-            text = f"{cell['mean']:.2f} ±{cell['half']:.2f}"
-            axis.text(x, y, text, ha="center", va="center", color=color, fontsize=8)
-    axis.set_xticks(range(len(attacks)), attacks, fontsize=9, rotation=20, ha="right")
-    axis.set_yticks(range(len(rates)), list(rates), fontsize=9)
-    axis.set_title("harmful prompts answered, by attack (less is safer)", fontsize=10)
+    benign = [heading for heading in COLUMNS if "compliance" in heading]
+    size = (9.5, 0.42 * len(rates) + 1.7)
+    settings = {"width_ratios": [len(attacks), len(benign)], "layout": "constrained"}
+    fig, axes = plt.subplots(1, 2, figsize=size, sharey=True, **settings)
+    titles = ["harmful prompts answered, by attack (less is safer)", "benign ones"]
+    for axis, headings, colors, title in zip(axes, (attacks, benign), ("Reds", "Blues"), titles):
+        shares = [[columns[h]["mean"] for h in headings] for columns in rates.values()]
+        axis.imshow(shares, cmap=colors, vmin=0, vmax=1, aspect="auto")
+        for y, columns in enumerate(rates.values()):
+            for x, heading in enumerate(headings):
+                cell = columns[heading]
+                color = "white" if cell["mean"] > 0.6 else "black"
+                text = f"{cell['mean']:.2f}\n±{cell['half']:.2f}"
+                axis.text(x, y, text, ha="center", va="center", color=color, fontsize=7)
+        axis.set_xticks(range(len(headings)), headings, fontsize=9, rotation=20, ha="right")
+        axis.set_title(title, fontsize=10)
+    axes[0].set_yticks(range(len(rates)), list(rates), fontsize=9)
     fig.savefig(path, dpi=110)
 
 

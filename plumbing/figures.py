@@ -62,10 +62,13 @@ def leading(rows: list[dict], judges: list[str]) -> list[dict]:
 
 
 def panels(rows: list[dict], judges: list[str]) -> list[tuple[str, str]]:
-    """(metric, benchmark) pairs of the table and the figure, in a fixed order."""
+    """(metric, benchmark) pairs of the table and the figure, in a fixed order: of begun responses
+    the ASR alone, what else there is of them stands with the judges side by side."""
     pairs = []
     for row in leading(rows, judges):
         pair = (row["metric"], row["benchmark"])
+        if row.get("start") and row["metric"] != "asr":
+            continue
         if row["metric"] in TITLES and pair not in pairs:
             pairs.append(pair)
     return sorted(pairs, key=lambda pair: list(TITLES).index(pair[0]))
