@@ -93,7 +93,7 @@ demo-smollm2: $(VENV)/ready  ## all five stages on a real pretrained model, test
 	$(PY) 02_verify_sft.py $(SMOL)/02_verify_sft --responses runs/smollm2/01_generate
 	$(PY) 03_steer_selfgen.py $(SMOL)/03_steer_selfgen
 	$(PY) 04_grpo.py $(SMOL)/04_grpo --model runs/smollm2/03_steer_selfgen/checkpoint
-	$(PY) 05_eval.py $(SMOL)/05_eval --limit 32 --max_new_tokens 256 --models SmolLM2-135M=smollm2/model \
+	$(PY) 05_eval.py $(SMOL)/05_eval --limit 32 --max_new_tokens 256 --prefill answer --models SmolLM2-135M=smollm2/model \
 		SInternal=runs/smollm2/02_verify_sft/checkpoint ThinkSafe=runs/smollm2/03_steer_selfgen/checkpoint \
 		ThinkSafe+GRPO=runs/smollm2/04_grpo/checkpoint --judges smollm2/rule_guard.py xstest:smollm2/model \
 		--bench xstest=$(DATA)/xstest_safe.jsonl strongreject=$(DATA)/strongreject.jsonl \
