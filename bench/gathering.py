@@ -5,10 +5,10 @@ python -m torch.distributed.run --nproc_per_node 2 bench/gathering.py --rollouts
 
 import argparse
 import importlib
-import pickle
 import random
 import sys
 import time
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -45,7 +45,7 @@ def main():
     gathered = plumbing.gather_all(lambda: own)
     seconds = time.time() - began
     if here.process_index == 0:
-        size = f"{len(pickle.dumps(own)) / 1e6:.1f} MB from each of {here.num_processes} processes"
+        size = f"{len(ForkingPickler.dumps(own)) / 1e6:.1f} MB from each of {here.num_processes} processes"
         print(f"{len(gathered)} rollouts of {options.tokens} tokens: {size}, {seconds:.2f} s")
 
 

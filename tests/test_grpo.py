@@ -308,9 +308,9 @@ def test_a_guard_that_dies_costs_nothing(tmp_path):
 
 def test_a_judge_that_dies_in_a_check_costs_nothing_either(tmp_path):
     write_jsonl(tmp_path / "few.jsonl", read_jsonl("tiny/prompts/test_plain.jsonl")[:8])
-    checks = ["--eval_every", 2, "--eval_prompts", tmp_path / "few.jsonl", "--eval_judge", dying_guard(tmp_path, 12)]
+    checks = ["--eval_every", 2, "--eval_prompts", tmp_path / "few.jsonl", "--eval_judge", dying_guard(tmp_path, 8)]
     with pytest.raises(SystemExit, match="out of memory"):
-        main("--run", tmp_path / "run", *SMALL, "--steps", 2, *checks)
+        main("--run", tmp_path / "run", *SMALL, "--steps", 2, "--learning_rate", 0.01, *checks)
     assert saved_step(tmp_path / "run") == 2 and [r["step"] for r in read_jsonl(tmp_path / "run/eval.jsonl")] == [0]
 
 

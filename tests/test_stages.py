@@ -110,7 +110,20 @@ def test_05_holds_the_promised_rows(runs):
     folder, _ = runs
     found = json.loads((folder / "05/results.json").read_text())
     assert set(found) == {"recipe", "rows", "categories", "judges"}
-    keys = {"model", "benchmark", "split", "metric", "judge", "value", "low", "high", "n"}
+    keys = {
+        "model",
+        "benchmark",
+        "prompts",
+        "decoding",
+        "start",
+        "split",
+        "metric",
+        "judge",
+        "value",
+        "low",
+        "high",
+        "n",
+    }
     assert all(
         set(r) - {"change"} == keys and r["low"] <= r["value"] <= r["high"] and r["n"] > 0 for r in found["rows"]
     )
