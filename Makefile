@@ -11,7 +11,7 @@ $(VENV)/ready: requirements-cpu.txt
 	$(PY) -m pip install -q -r requirements-cpu.txt
 	touch $@
 
-demo: $(VENV)/ready  ## all five stages on the miniature world, about three minutes on two idle cores
+demo: $(VENV)/ready  ## all five stages on the miniature world, about four minutes on two idle cores
 	$(PY) 01_generate.py --run $(RUNS)/01_generate
 	$(PY) 01_generate.py --run $(RUNS)/01_heldout --prompts tiny/prompts/test_plain.jsonl --guard tiny/gold.py
 	$(PY) 02_verify_sft.py --run $(RUNS)/02_verify_sft --responses $(RUNS)/01_generate --heldout $(RUNS)/01_heldout
@@ -71,6 +71,9 @@ bench: $(VENV)/ready  ## speed and memory beside TRL, transformers.generate and 
 cost: $(VENV)/ready  ## what each stage will cost for each preset, checked against the demo's runs if they are there
 	$(PY) bench/cost.py --runs $(RUNS)
 
+# MORE: further checkpoints, name=folder, such as two of `python bench/attacked.py`, as in results/attack:
+# MORE="answer-SFT=runs/claims/sinternal0/answer-SFT/checkpoint SInternal-ThinkSafe=runs/claims/both0/SInternal-ThinkSafe/checkpoint"
+MORE ?=
 attack: $(VENV)/ready  ## an attacker with 128 queries a prompt on the demo's models, about four minutes on two idle cores
 	$(PY) bench/attack.py --out $(RUNS)/attack --models \
 		base=tiny/lrm \
@@ -78,7 +81,7 @@ attack: $(VENV)/ready  ## an attacker with 128 queries a prompt on the demo's mo
 		ThinkSafe=$(RUNS)/03_steer_selfgen/checkpoint \
 		GRPO=$(RUNS)/04_grpo_base/checkpoint \
 		SInternal+GRPO=$(RUNS)/04_grpo_sinternal/checkpoint \
-		ThinkSafe+GRPO=$(RUNS)/04_grpo_thinksafe/checkpoint
+		ThinkSafe+GRPO=$(RUNS)/04_grpo_thinksafe/checkpoint $(MORE)
 	mkdir -p results/attack
 	cp $(RUNS)/attack/attack.json $(RUNS)/attack/attack.md $(RUNS)/attack/attack.png results/attack/
 
