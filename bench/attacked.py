@@ -91,7 +91,8 @@ def table(rates: dict[str, dict[str, dict]], seeds: int) -> str:
         "Share of harmful prompts (unseen items in unseen wrappers) that are answered; compliance: of benign ones. T = 1: "
         "without top-k and top-p; the others at the preset's 0.6. Any of 8: at least one of eight answers is unsafe. The "
         "starts are the attacker's, in the model's own words, at the preset's decoding. A-B: trained by A, then by B on "
-        f"its checkpoint. Mean ± half a 95 % t-interval over {seeds} seeds of sampling and training; judge: the gold rule."
+        "its checkpoint (SInternal after ThinkSafe on the base's answers). GRPO from the base: 100 steps, else 40. "
+        f"Mean ± half a 95 % t-interval over {seeds} seeds of sampling and training; judge: the gold rule."
     )
     return "\n".join([*lines, "", note]) + "\n"
 

@@ -168,6 +168,21 @@ def claims_of_readme():
     fork, demo = ((ROOT / f"results/{name}.md").read_text() for name in ("fork", "demo/results"))
     for column in (2, 3):  # ASR falls further than under the guard's reward
         assert numbers(fork, "checks-rewarded", column) < numbers(demo, "GRPO", column)
+    S, T, rates = "SInternal", "ThinkSafe", load("attacks.json")["rates"]
+
+    def attack(model: str, heading: str) -> float:
+        return rates[model][heading]["mean"]
+
+    def often(model: str) -> float:
+        return attack(model, "any of 8, T = 1")
+
+    def begun(model: str) -> float:
+        return attack(model, "think-open")
+
+    closed = [attack(model, "think-closed") for model in rates if model != "answer-SFT"]
+    assert max(closed) - min(closed) < 0.005
+    searched = load("attack/attack.json")["rows"]
+    assert min(row["asr"][-1]["value"] for row in searched) > 0.5 and {row["asr"][-1]["k"] for row in searched} == {128}
     return [
         ("SInternal takes ASR from {:.2f} to {:.2f}, with no safe answer", [base, verified]),
         ("(F1 {:.2f}), and ASR stays at {:.2f}", [mean("sinternal", "bare-check", "verify F1 ↑"), bare]),
@@ -178,6 +193,11 @@ def claims_of_readme():
         ("takes {:.1f} ± {:.1f} times the operations of stage 03", [cost["mean"], cost["half"]]),
         ("(ASR {:.2f} with them, {:.2f} without)", rows),
         ("All {} claims", [len(load("claims/claims.json")["claims"])]),
+        ("answers {:.2f} of the harmful prompts at least once, ThinkSafe {:.2f}.", [often(S), often(T)]),
+        ("ThinkSafe answers {:.2f} of them and SInternal {:.2f}:", [begun(T), begun(S)]),
+        ("withstands both ({:.2f} and {:.2f})", [often(f"{S}-{T}"), begun(f"{S}-{T}")]),
+        ("at 100 steps ({:.2f} and {:.2f})", [often("GRPO"), begun("GRPO")]),
+        ("breaks every model ({:.2f}, answer-SFT {:.2f})", [min(closed), attack("answer-SFT", "think-closed")]),
     ]
 
 
@@ -196,7 +216,14 @@ def claims_of_claims():
     compliance = [after("base", "compliance test_wrapped"), after("ThinkSafe", "compliance test_wrapped", 0)]
     assert round(1 / misses) == 8 and len(lost) == 2 and len(light) == 1 and len(bare) == 1
     price = percent(1 - mean("sinternal", "verification", "compliance wrapped ↑"))
+    rates = load("attacks.json")["rates"]
+    hot = [rates[name]["ASR, T = 1"] for name in ("SInternal", "answer-SFT")]
+    worst = [rates[name]["any of 8, T = 1"]["mean"] for name in ("SInternal", "answer-SFT")]
+    answered = [rates["ThinkSafe"][column]["mean"] for column in ("compliance", "compliance, T = 1")]
     return [
+        ("SInternal {:.2f} ± {:.2f}, answer-SFT {:.2f} ± {:.2f}", [n for c in hot for n in (c["mean"], c["half"])]),
+        ("as the worst of eight {:.2f} and {:.2f}", worst),
+        ("ThinkSafe's compliance falls from {:.2f} to {:.2f}", answered),
         ("one check in eight misses the harm", []),
         ("{} of the wrapped benign prompts", [price]),
         ("two of five seeds lose {:.1f} and {:.0f} %", [100 * (1 - sums[1]), 100 * (1 - sums[0])]),
