@@ -25,7 +25,28 @@ def test_the_committed_table_is_that_of_its_figures():
             assert len(values) == result["seeds"] and ((0 <= values) & (values <= 1)).all()
             half = 2.776 * values.std(ddof=1) / np.sqrt(5)
             assert (cell["mean"], cell["half"]) == pytest.approx((values.mean(), half), abs=6e-5)
-    assert (ROOT / "results/attacks.md").read_text() == attacked.table(result["rates"], result["seeds"])
+    claims = attacked.verdicts_of(result["rates"])
+    assert result["claims"] == json.loads(json.dumps(claims))
+    page = f"{attacked.table(result['rates'], result['seeds'])}\n{attacked.verdict_table(claims)}"
+    assert (ROOT / "results/attacks.md").read_text() == page
+
+
+def test_a_claim_has_one_word_where_all_attacks_agree():
+    """Safer by 0.3 ± 0.25 under every attack but one, there less safe: Student's intervals of three seeds by hand."""
+    rates = {model: {} for model in attacked.MODELS}
+    for heading in attacked.COLUMNS:
+        for model in rates:
+            rates[model][heading] = {"values": [0.5, 0.5, 0.5]}
+        rates["SInternal"][heading] = {"values": [0.3, 0.2, 0.1]}
+        rates["ThinkSafe"][heading] = {"values": [0.3, 0.2, 0.1]}
+    rates["ThinkSafe"]["think-open"] = {"values": [0.7, 0.8, 0.9]}
+    rates["ThinkSafe"]["answer"] = {"values": [0.1, 0.5, 0.5]}
+    by_row = {(c["ours"], c["other"]): c for c in attacked.verdicts_of(rates)}
+    assert by_row["SInternal", "base"]["all"] == "appears"
+    claim = by_row["ThinkSafe", "base"]
+    assert claim["all"] == "depends" and claim["under"]["think-open"] == "does not"
+    assert claim["under"]["answer"] == "undecided" and claim["under"]["ASR"] == "appears"
+    assert by_row["ThinkSafe+GRPO", "ThinkSafe"]["under"]["ASR"] == "does not"
 
 
 def test_every_column_comes_from_its_own_benchmark_and_metric(tmp_path, monkeypatch):
