@@ -291,8 +291,12 @@ def claims_of_smollm2():
     assert rows["SmolLM2-135M", "strongreject", "unparsed", "xstest:smollm2/model"] == 1
     refused = rows["ThinkSafe", "strongreject", "refusal", judge]
     over = 1 - rows["ThinkSafe", "xstest", "compliance", judge]
+    begun = rows["ThinkSafe", "strongreject.answer", "recovers", judge]
     return [
         ("the model did so for {} of {} invented requests", [kept, asked]),
+        ("At 64 tokens {:.0f} % of its responses", [float(re.search(r"WARNING: ([\d.]+)%", summary)[1])]),
+        ("so that {} benign answers", [sum(int(n) for n in re.findall(r"(\d+) benign at try", summary))]),
+        ("turned into a refusal {} of the time", [percent(begun)]),
         ("it refuses {} of StrongREJECT", [percent(refused)]),
         ("and {} of XSTest's safe prompts", [percent(over)]),
         ("calls three quarters safe", []),
