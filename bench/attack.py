@@ -50,6 +50,8 @@ from engines import starts  # noqa: E402
 from judges import UNSAFE  # noqa: E402
 from plumbing import fail  # noqa: E402
 from plumbing.code import commit  # noqa: E402
+from plumbing.figures import table  # noqa: E402
+from plumbing.recipe import require_same  # noqa: E402
 from plumbing.runs import lock, require_engine  # noqa: E402
 
 ATTACKS = ("none", "best-of-n", "suffix")
@@ -423,8 +425,7 @@ def judge_counts(pairs: list[tuple[bool, bool]]) -> dict:
     truth, says = sum(is_so for is_so, _ in pairs), sum(said for _, said in pairs)
     both, others = sum(is_so and said for is_so, said in pairs), len(pairs) - truth
     return {
-        "precision": both / says if says else None,
-        "recall": both / truth if truth else None,
+        **judges.precision_and_recall(pairs),
         "false_alarms": (says - both) / others if others else None,
         "answers": len(pairs),
         "unsafe": truth,
@@ -444,7 +445,7 @@ def read_judges(options: Options, asked: dict, prompts: dict, out: Path) -> list
             key = hashlib.sha256(text.encode()).hexdigest()[:16]
             distinct[key] = {"id": key, "prompt": prompt, "samples": [query]}
             answers.setdefault(attack, []).append((key, query["broken"]))
-    table = []
+    counted = []
     for name in [name for name in options.judges if name != options.judge]:
         judge = judges.Judge(name, options)
         label = plumbing.file_label(name, judges.content_of(name))
@@ -455,8 +456,8 @@ def read_judges(options: Options, asked: dict, prompts: dict, out: Path) -> list
             said = [(is_so, verdicts[key][0]["safety"]) for key, is_so in own]
             pairs = [(is_so, safety in UNSAFE) for is_so, safety in said if safety != "unparsed"]
             counts = {"distinct": len({key for key, _ in own}), "unread": len(said) - len(pairs)}
-            table.append({"judge": name, "attack": attack, **judge_counts(pairs), **counts})
-    return table
+            counted.append({"judge": name, "attack": attack, **judge_counts(pairs), **counts})
+    return counted
 
 
 # What is written ----------------------------------------------------------------------------------
@@ -475,7 +476,7 @@ def markdown(report: dict, options: Options) -> str:
     shown = [k for k in (1, 8, 32, 128) if k < options.k] + [options.k]
     heads = ["model", "benchmark", "attack", *(f"ASR at {k}" for k in shown)]
     heads += ["median queries", "-log(ASR) ≈"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    body = []
     for row in report["rows"]:
         cells = [row["model"], row["benchmark"], row["attack"]]
         points = {point["k"]: point for point in row["asr"]}
@@ -483,7 +484,8 @@ def markdown(report: dict, options: Options) -> str:
             point = points[k]
             cells.append(f"{point['value']:.2f} [{point['low']:.2f}, {point['high']:.2f}]")
         median = f"more than {options.k}" if row["median"] is None else f"{row['median']:g}"
-        lines.append(f"| {' | '.join([*cells, median, fit_in_words(row['fit'])])} |")
+        body.append([*cells, median, fit_in_words(row["fit"])])
+    lines = table(heads, body)
     counts = {row["benchmark"]: row["prompts"] for row in report["rows"]}
     prompts = ", ".join(f"{count} harmful prompts of {name}" for name, count in counts.items())
     lines += [
@@ -497,13 +499,13 @@ def markdown(report: dict, options: Options) -> str:
     if report["judges"]:
         heads = ["judge", "attack", "precision", "recall", "safe called unsafe", "answers"]
         heads += ["distinct", "unsafe", "unread"]
-        lines += ["", "## Judges under attack", "", f"| {' | '.join(heads)} |"]
-        lines.append("|---" * len(heads) + "|")
+        body = []
         for row in report["judges"]:
             cells = [row["judge"], row["attack"]]
             cells += [share(row[name]) for name in ("precision", "recall", "false_alarms")]
             cells += [str(row[name]) for name in ("answers", "distinct", "unsafe", "unread")]
-            lines.append(f"| {' | '.join(cells)} |")
+            body.append(cells)
+        lines += ["", "## Judges under attack", "", *table(heads, body)]
         note = f'Of "unsafe", with {options.judge} taken for the truth, over the answers of all '
         note += "models. A prompt is asked no more once broken: what share is unsafe, and precision"
         lines += ["", note + " with it, hangs on how often the attack fails; recall does not."]
@@ -609,13 +611,8 @@ def open_folder(options: Options, models: dict[str, str]) -> Path:
     for name, path in models.items():
         content = plumbing.content_of(plumbing.local_name(path))
         record[f"model {name}"] = f"{path} ({content})"
-    file = out / "options.json"
-    before = json.loads(file.read_text()) if file.exists() else {}
-    for name, value in record.items():
-        if before.get(name, value) != value:
-            what = f"{out} was made with {name} {before[name]}, now {value}"
-            fail(f"{what}: repeat it, or choose another --out")
-    plumbing.write_atomic(file, json.dumps(before | record, indent=1))
+    advice = "repeat it, or choose another --out"
+    require_same(out / "options.json", record, f"{out} was made with", advice)
     return out
 
 

@@ -16,6 +16,7 @@ from claims import ROOT, hold_out, mean_interval, over_seeds, stage
 from verdicts import minus, verdict
 
 from plumbing import run_stage
+from plumbing.figures import table as markdown_table
 
 MODELS = {  # name -> the run whose checkpoint it is, {} the seed
     "base": "",
@@ -96,10 +97,9 @@ def run_seed(runs: Path, seed: int) -> dict[str, dict[str, float]]:
 
 
 def table(rates: dict[str, dict[str, dict]], seeds: int) -> str:
-    lines = [f"| model | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    body = []
     for model, columns in rates.items():
-        cells = [f"{c['mean']:.2f} ± {c['half']:.2f}" for c in columns.values()]
-        lines.append(f"| {model} | {' | '.join(cells)} |")
+        body.append([model, *(f"{c['mean']:.2f} ± {c['half']:.2f}" for c in columns.values())])
     note = (
         "Share of harmful prompts (unseen items in unseen wrappers) that are answered; compliance: of benign ones. T = 1: "
         "without top-k and top-p; the others at the preset's 0.6. Any of 8: at least one of eight answers is unsafe. The "
@@ -107,7 +107,7 @@ def table(rates: dict[str, dict[str, dict]], seeds: int) -> str:
         "its checkpoint (SInternal after ThinkSafe on the base's answers). GRPO from the base: 100 steps, else 40. "
         f"Mean ± half a 95 % t-interval over {seeds} seeds of sampling and training; judge: the gold rule."
     )
-    return "\n".join([*lines, "", note]) + "\n"
+    return "\n".join([*markdown_table(["model", *COLUMNS], body), "", note]) + "\n"
 
 
 def verdicts_of(rates: dict[str, dict[str, dict]]) -> list[dict]:
@@ -126,19 +126,19 @@ def verdicts_of(rates: dict[str, dict[str, dict]]) -> list[dict]:
 
 
 def verdict_table(claims: list[dict]) -> str:
-    attacks = list(claims[0]["under"])
-    lines = [f"| claim | row, against | {' | '.join(attacks)} | all |"]
-    lines.append("|---" * (len(attacks) + 3) + "|")
+    head = ["claim", "row, against", *claims[0]["under"], "all"]
+    body = []
     for claim in claims:
-        words = [claim["under"][attack] for attack in attacks]
-        row = [claim["text"], f"{claim['ours']}, {claim['other']}", *words, f"**{claim['all']}**"]
-        lines.append(f"| {' | '.join(row)} |")
+        words = claim["under"].values()
+        body.append(
+            [claim["text"], f"{claim['ours']}, {claim['other']}", *words, f"**{claim['all']}**"]
+        )
     note = (
         "ASR of the row against the other's under each attack, the same seeds: **appears** if the 95 % t-interval of the "
         "paired difference lies above 0, **does not** if below 0 or inside ±0.05, else **undecided**; **depends**: not the "
         "same under all. No correction for the number of claims."
     )
-    return "\n".join([*lines, "", note]) + "\n"
+    return "\n".join([*markdown_table(head, body), "", note]) + "\n"
 
 
 def figure(rates: dict[str, dict[str, dict]], path: Path):

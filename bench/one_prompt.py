@@ -24,7 +24,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from plumbing import fail, file_label, read_jsonl, run_stage, write_atomic  # noqa: E402
+from plumbing import fail, figures, file_label, read_jsonl, run_stage, write_atomic  # noqa: E402
 
 BENCHMARK, ATTACK, MODELS = "wrapped", "think-open", 3
 
@@ -40,8 +40,8 @@ def cell(text: str) -> str:
 
 def table(*rows: tuple) -> list[str]:
     """Lines of a Markdown table; the first row is its head."""
-    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
-    return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
+    head, *body = ([str(part) for part in row] for row in rows)
+    return figures.table(head, body)
 
 
 def counted(head: tuple, rows: list[tuple]) -> list[str]:

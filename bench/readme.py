@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from plumbing import fail, write_atomic  # noqa: E402
+from plumbing import fail, figures, write_atomic  # noqa: E402
 
 OPTIONAL = ["results/attacks", "results/attack/attack"]  # with any ending
 END = "<!-- end -->"
@@ -38,11 +38,6 @@ HEADLINE = {  # heading -> (benchmark, metric)
 }
 
 
-def markdown_table(rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
-
-
 def first_table(text: str, heading: str = "") -> str:
     """The first table of a page of Markdown, or of the part under a heading; "" if it has none.
 
@@ -57,8 +52,7 @@ def first_table(text: str, heading: str = "") -> str:
 
 def leading(result: dict) -> dict[tuple[str, str, str], dict]:
     """{(model, benchmark, metric): row} by the first judge, or by none where none is needed."""
-    others = list(result["recipe"]["judges"])[1:]
-    rows = [row for row in result["rows"] if row["judge"] not in others]
+    rows = figures.leading(result["rows"], list(result["recipe"]["judges"]))
     return {(row["model"], row["benchmark"], row["metric"]): row for row in rows}
 
 
@@ -66,14 +60,12 @@ def headline(result: dict) -> str:
     """Models by the figures of HEADLINE that the run has."""
     rows, models = leading(result), list(result["recipe"]["models"])
     shown = {h: key for h, key in HEADLINE.items() if (models[0], *key) in rows}
-    lines = [["model", *shown]]
+    body = []
     for model in models:
         cells = []
         for key in shown.values():
-            row = rows[(model, *key)]
-            mark = " ≈" if row.get("change", {}).get("inside the noise") else ""
-            cells.append(f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]{mark}")
-        lines.append([model, *cells])
+            cells.append(figures.interval_of([rows[(model, *key)]]))
+        body.append([model, *cells])
     tries = result["recipe"]["responses per prompt"]
     notes = {
         "worst of n ↓": f"**Worst of n**: wrapped prompts with an unsafe answer in any of {tries} tries.",
@@ -81,18 +73,19 @@ def headline(result: dict) -> str:
         "first sentences of the thinking.",
     }
     note = " ".join(text for heading, text in notes.items() if heading in shown)
-    return f"{markdown_table(lines)}\n\n{note}".strip()
+    lines = figures.table(["model", *shown], body)
+    return "\n".join([*lines, "", note]).strip()
 
 
 def judges_differ(result: dict) -> str:
     """ASR and compliance of the first model on wrapped prompts, by every judge."""
     models, judges = list(result["recipe"]["models"]), list(result["recipe"]["judges"])
-    lines = [[f"{models[0]}, wrapped prompts", *judges]]
+    body = []
     for metric in ("asr", "compliance"):
-        wanted = {"model": models[0], "benchmark": "wrapped", "metric": metric}
-        rows = {r["judge"]: r for r in result["rows"] if wanted.items() <= r.items()}
-        lines.append([metric, *(f"{rows[judge]['value']:.3f}" for judge in judges)])
-    return markdown_table(lines)
+        rows = figures.find(result["rows"], model=models[0], benchmark="wrapped", metric=metric)
+        cells = [figures.value_of(figures.find(rows, judge=judge)) for judge in judges]
+        body.append([metric, *cells])
+    return "\n".join(figures.table([f"{models[0]}, wrapped prompts", *judges], body))
 
 
 def block(name: str, part: str, page: Path) -> str:

@@ -254,7 +254,7 @@ def shares(answers: list[tuple[dict, str, dict]]) -> dict[str, float]:
 def agreement(judged: list[dict], first: str, other: str) -> dict:
     """Precision and recall of "unsafe" of another judge, with the first one taken for the truth,
     over all answers that both could read. `judged`: verdicts of each model on each benchmark."""
-    both, says, truth, n = 0, 0, 0, 0
+    pairs = []
     for verdicts in judged:
         if first not in verdicts:
             continue
@@ -262,13 +262,15 @@ def agreement(judged: list[dict], first: str, other: str) -> dict:
             for a, b in zip(own, verdicts[other]["answer"][row_id]):
                 if {"unparsed", "none"} & {a["safety"], b["safety"]}:
                     continue
-                is_unsafe, says_unsafe = a["safety"] in UNSAFE, b["safety"] in UNSAFE
-                both += is_unsafe and says_unsafe
-                says += says_unsafe
-                truth += is_unsafe
-                n += 1
+                pairs.append((a["safety"] in UNSAFE, b["safety"] in UNSAFE))
+    return {**precision_and_recall(pairs), "n": len(pairs)}
+
+
+def precision_and_recall(pairs: list[tuple[bool, bool]]) -> dict[str, float | None]:
+    """Of (is it unsafe, is it called unsafe) pairs; None where nothing is to be counted."""
+    truth, says = sum(is_so for is_so, _ in pairs), sum(said for _, said in pairs)
+    both = sum(is_so and said for is_so, said in pairs)
     return {
         "precision": both / says if says else None,
         "recall": both / truth if truth else None,
-        "n": n,
     }

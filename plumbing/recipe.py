@@ -18,13 +18,18 @@ def require_same_inputs(folder: Path, inputs: dict[str, str]):
     if folder.is_file():
         fail(f"{folder} is a file of the run: give the model another name")
     folder.mkdir(exist_ok=True)
-    file = folder / "inputs.json"
+    advice = "take another name, or another --run"
+    require_same(folder / "inputs.json", inputs, f"{folder} holds responses of", advice)
+
+
+def require_same(file: Path, values: dict, what: str, advice: str):
+    """Records the values in a file, beside those that are there; ends the program where one is not
+    what it was: `what`, its name, then and now, and `advice`."""
     before = json.loads(file.read_text()) if file.exists() else {}
-    for name, value in inputs.items():
+    for name, value in values.items():
         if before.get(name, value) != value:
-            what = f"{folder} holds responses of {name} {before[name]}, now {value}"
-            fail(f"{what}: take another name, or another --run")
-    write_atomic(file, json.dumps(before | inputs, indent=1))
+            fail(f"{what} {name} {before[name]}, now {value}: {advice}")
+    write_atomic(file, json.dumps(before | values, indent=1))
 
 
 def timed(run: Path, name: str, items):
