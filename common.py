@@ -307,8 +307,7 @@ def pad_batch(rows: list[Example], device="cpu"):
 
 
 def micro_batches(rows: list[Example], max_tokens: int) -> list[list[int]]:
-    """Indices of `rows` in batches of at most `max_tokens` padded tokens, similar lengths
-    together."""
+    """Indices of `rows` in batches of at most `max_tokens` padded tokens, alike in length."""
     lengths = [len(r.prompt) + len(r.response) for r in rows]
     batches: list[list[int]] = []
     for i in sorted(range(len(rows)), key=lambda i: lengths[i]):  # the newest is the widest
@@ -323,9 +322,10 @@ def own_share(batches: list[list[int]]) -> list[tuple[list[int], int]]:
     """(batch, weight 1) for each of this process's micro-batches of a step. Wrapped modules want as
     many passes from every process: one that has too few does another's again, with weight 0."""
     here = plumbing.processes()
-    passes = math.ceil(len(batches) / here.num_processes)
     share = [(batch, 1) for batch in batches[here.process_index :: here.num_processes]]
-    return share + [(batch, 0) for batch in batches[:1]] * (passes - len(share))
+    if len(share) < math.ceil(len(batches) / here.num_processes):
+        share.append((batches[0], 0))
+    return share
 
 
 # Token log-probs ----------------------------------------------------------------------------------

@@ -143,14 +143,13 @@ def dry_tokenizer(name: str):
     from plumbing import stand_ins
 
     line = f"\nthe hub is out of reach, nothing was looked up of {', '.join(OUT_OF_REACH)}"
-    if name in OUT_OF_REACH:
-        line += ": the prompt is shown by a copy of the model's chat template, and tokens are "
-        line += "counted by a stand-in, which is near its tokenizer and no more"
-    if OUT_OF_REACH:
-        print(line)
-    if name in OUT_OF_REACH:
-        return stand_ins.tokenizer_of(name)
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if name not in OUT_OF_REACH:
+        if OUT_OF_REACH:  # a guard, judge or expert
+            print(line)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    line += ": the prompt is shown by a copy of the model's chat template, and tokens are "
+    print(line + "counted by a stand-in, which is near its tokenizer and no more")
+    return stand_ins.tokenizer_of(name)
 
 
 def one_line(error: BaseException) -> str:
