@@ -30,6 +30,8 @@ def scores():
     gradient = next(trainer.model.parameters()).grad.full_tensor()
     if plumbing.processes().process_index == 0:
         print(json.dumps({"log_probs": log_probs.tolist(), "gradient": gradient[5:8].flatten().tolist()}))
+    plumbing.processes().wait_for_everyone()
+    torch.distributed.destroy_process_group()  # left to the interpreter's end, a thread of it may abort
 
 
 if __name__ == "__main__":
