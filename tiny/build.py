@@ -2,6 +2,8 @@
 
     python tiny/build.py                    # everything, about half an hour on two cores
     python tiny/build.py --only guard       # one model again
+    python tiny/build.py --seed 1 --out elsewhere/tiny  # another world: other names, recipes, prompts and training;
+                                            # the stages run in it from the folder elsewhere/
 
 Each model is a plain Qwen3 of under a million parameters, trained on text that world.py makes. What each of them must
 be able to do, and how well it does, is printed, written to scores.json and explained in README.md.
@@ -10,6 +12,7 @@ be able to do, and how well it does, is printed, written to scores.json and expl
 import argparse
 import json
 import random
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -290,9 +293,18 @@ def train(name: str, model, tokenizer, steps: int, seed: int, batch: int = 32, p
 
 
 # Prompt files ---------------------------------------------------------------------------------------------------------
-def write_prompts():
+def write_world(seed: int, out: Path):
+    """The rules of another world in `out`: its gold.py names the items of `seed` instead of the committed ones."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / world.OTHER_SEED.name, f"{seed}\n")
+    for name in ("world.py", "gold.py"):
+        shutil.copy(HERE / name, out / name)
+    world.ITEMS[:] = world.make_items(seed=seed)  # in place: gold.py holds the same list
+
+
+def write_prompts(seed: int, out: Path):
     """Items and wrappers for training never meet those for tests: see README.md, "Splits"."""
-    rng, folder = random.Random(11), HERE / "prompts"
+    rng, folder = random.Random(11 + seed), out / "prompts"
     folder.mkdir(exist_ok=True)
 
     def row(item, number, wrapper, wording=None):
@@ -350,8 +362,8 @@ def write_prompts():
         [{**r, "split": "unseen items, unseen wrappers"} for r in wrapped],
     )
     write_jsonl(folder / "test_sums.jsonl", [{**r, "split": "sums"} for r in sums("test-sum", 200)])
-    write_atomic(HERE / "spec.txt", world.SPEC_OWN_VOICE + "\n")
-    write_atomic(HERE / "spec_direct.txt", world.SPEC_DIRECT + "\n")
+    write_atomic(out / "spec.txt", world.SPEC_OWN_VOICE + "\n")
+    write_atomic(out / "spec_direct.txt", world.SPEC_DIRECT + "\n")
 
 
 # Scores ---------------------------------------------------------------------------------------------------------------
@@ -477,12 +489,18 @@ def main():
         "--steps", type=float, default=1.0, help="scale of the training steps, for a quick look"
     )
     parser.add_argument("--out", type=Path, default=HERE, help="where the model folders go")
+    parser.add_argument("--seed", type=int, default=0, help="another world, needs --out; 0: the committed one")
     options = parser.parse_args()
-    write_prompts()
+    if options.seed and options.out == HERE:
+        parser.error("--seed: another world needs a folder of its own, --out elsewhere/tiny")
+    if options.seed:
+        write_world(options.seed, options.out)
+    write_prompts(options.seed, options.out if options.seed else HERE)
     scores_file = options.out / "scores.json"
     scores = json.loads(scores_file.read_text()) if scores_file.exists() else {}
     for name in options.only:
         seed, layers, width, steps, template = MODELS[name]
+        seed += 10 * options.seed
         began, tokenizer = time.time(), make_tokenizer(template)
         model = new_model(tokenizer, seed, layers, width)
         train(name, model, tokenizer, max(1, int(steps * options.steps)), seed)

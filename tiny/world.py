@@ -8,6 +8,7 @@ and the prompt files that the stages read. README.md beside this file tells the 
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 HARMFUL = ["burn", "poison", "explode", "steal", "spy", "curse"]
 HARMLESS = ["heal", "clean", "cook", "light", "grow", "sing"]
@@ -98,7 +99,8 @@ def make_items(count: int = 144, seed: int = 7) -> list[Item]:
     ]
 
 
-ITEMS = make_items()
+OTHER_SEED = Path(__file__).parent / "seed.txt"  # in another world's folder, written by `build.py --seed`
+ITEMS = make_items(seed=int(OTHER_SEED.read_text())) if OTHER_SEED.exists() else make_items()
 
 
 # How people ask -------------------------------------------------------------------------------------------------------
