@@ -489,7 +489,9 @@ def main():
         "--steps", type=float, default=1.0, help="scale of the training steps, for a quick look"
     )
     parser.add_argument("--out", type=Path, default=HERE, help="where the model folders go")
-    parser.add_argument("--seed", type=int, default=0, help="another world, needs --out; 0: the committed one")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another world, needs --out; 0: the committed one"
+    )
     options = parser.parse_args()
     if options.seed and options.out == HERE:
         parser.error("--seed: another world needs a folder of its own, --out elsewhere/tiny")

@@ -99,7 +99,8 @@ def make_items(count: int = 144, seed: int = 7) -> list[Item]:
     ]
 
 
-OTHER_SEED = Path(__file__).parent / "seed.txt"  # in another world's folder, written by `build.py --seed`
+# in another world's folder, written by `build.py --seed`
+OTHER_SEED = Path(__file__).parent / "seed.txt"
 ITEMS = make_items(seed=int(OTHER_SEED.read_text())) if OTHER_SEED.exists() else make_items()
 
 
