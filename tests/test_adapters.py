@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from conftest import ROOT, load, refused, rows, run_here
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 import engines
 import plumbing
@@ -57,7 +58,7 @@ def two(tmp_path_factory):
     """(base+adapter, the plain folder) of a model and of a guard that the adapters have changed."""
     folder = tmp_path_factory.mktemp("adapters")
     found = {}
-    for name, size in (("lrm", 0.06), ("guard", 0.06)):
+    for name, size in (("lrm", 0.11), ("guard", 0.1)):
         adapter = make_adapter(folder / f"{name}_adapter", f"tiny/{name}", size)
         found[name] = (f"tiny/{name}+{adapter}", str(write_merged(folder / name, f"tiny/{name}", adapter)))
     return SimpleNamespace(**found)
@@ -136,7 +137,8 @@ def test_an_engine_that_reads_folders_gets_the_merged_one(two, tmp_path):
     with plain_folder(name, load_tokenizer(name), str(tmp_path)) as folder:
         written, expected = load_file(f"{folder}/model.safetensors"), load_file(f"{plain}/model.safetensors")
         assert written.keys() == expected.keys() and all(torch.equal(written[n], expected[n]) for n in written)
-        assert AutoConfig.from_pretrained(folder).to_dict() == AutoConfig.from_pretrained(plain).to_dict()
+        for file in ("config.json", "generation_config.json"):
+            assert (Path(folder) / file).read_text() == (Path(plain) / file).read_text(), file
         tokens = AutoTokenizer.from_pretrained(folder)
         assert tokens.chat_template == AutoTokenizer.from_pretrained(plain).chat_template
         assert end_tokens_of(folder, tokens) == end_tokens_of(plain, tokens) == end_tokens_of(name, tokens)
@@ -299,7 +301,7 @@ def test_03_generates_and_trains_as_the_merged_folder(two, tmp_path):
 def test_04_trains_as_the_merged_folder(two, tmp_path, rank):
     """All weights with a frozen reference, and with LoRA on top of the merged one."""
     for run, i in (("a", 0), ("b", 1)):
-        options = ["--model", two.lrm[i], "--guard", two.guard[i], "--steps", 2, "--batch_size", 4, "--group_size", 4]
+        options = ["--model", two.lrm[i], "--guard", two.guard[i], "--steps", 2, "--batch_size", 2, "--group_size", 4]
         options += ["--limit", 12, "--beta", 0.04, "--lora_rank", rank]
         run_here(grpo, "--run", tmp_path / run, *options)
     for file in ("metrics.jsonl", "samples.jsonl"):
@@ -334,7 +336,7 @@ def test_05_sees_another_adapter_of_the_same_name(tmp_path):
 
 
 def test_the_attack_is_that_on_the_merged_folder(two, tmp_path):
-    options = ["--attacks", "none", "best-of-n", "--k", 3, "--limit", 3, "--judge", "tiny/gold.py"]
+    options = ["--attacks", "none", "best-of-n", "--k", 2, "--limit", 2, "--judge", "tiny/gold.py"]
     for run, i in (("a", 0), ("b", 1)):
         run_here(attack, "--out", tmp_path / run, "--models", f"adapted={two.lrm[i]}", *options)
     a, b = (json.loads((tmp_path / run / "attack.json").read_text()) for run in "ab")
@@ -395,7 +397,7 @@ DAMAGE = {
     "of another shape": (lambda t: t.update({KEY: t[KEY][:, :-1].contiguous()}), "lora_A.weight of shape (4, 383)"),
     "of another rank": (lambda t: t.update({KEY: t[KEY][:-1].contiguous()}), "lora_A.weight of shape (3, 384)"),
     "not all used": (lambda t: t.update({"base_model.model.other.weight": torch.zeros(1)}), "has other.weight"),
-    "of a layer that is not here": (lambda t: t.update({KEY.replace(".1.", ".7.", 1): t[KEY]}), "layers.7.mlp"),
+    "of a layer that is not here": (lambda t: t.update({KEY.replace(".1.", ".7.", 1): t[KEY].clone()}), "layers.7.mlp"),
     "one half lacks": (lambda t: t.pop(KEY), "lacks model.layers.1.mlp.down_proj.lora_A.weight"),
     "a layer lacks": (
         lambda t: [t.pop(k) for k in list(t) if "layers.3.mlp" in k],
