@@ -1,4 +1,4 @@
-"""`base+adapter`: merged as PEFT merges it, in every stage what the merged folder is, known by its content, or refused."""
+"""`base+adapter`: merged as PEFT merges it, in every stage what the merged folder is, or refused in one line."""
 
 import json
 import shutil
@@ -96,7 +96,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_merge_is_pefts(kind, dtype, untied, tmp_path):
-    """Bit for bit, the base's files in either precision: float32 within one rounding, bfloat16 summed before the cast."""
+    """Bit for bit, with the base's files in either precision: bfloat16 is cast after the sum."""
     base = tmp_path / "base"
     AutoModelForCausalLM.from_pretrained(untied, dtype=dtype).save_pretrained(base)
     make_adapter(tmp_path / "adapter", base, 0.3, **KINDS[kind])
