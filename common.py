@@ -181,7 +181,7 @@ def show_prompt(tokenizer, prompt, **template_options):
 def load_tokenizer(name: str):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(plumbing.tokenizer_source(name), trust_remote_code=False)
 
 
 def load_model(name: str, dtype=None):

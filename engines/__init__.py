@@ -6,7 +6,7 @@ from pathlib import Path
 
 import plumbing
 from common import chat_of, load_model, load_tokenizer, render_chat, show_prompt, split_response
-from engines.base import DECODINGS, Reply, Sample, Sampler, Sampling, sampling_of
+from engines.base import DECODINGS, Reply, Sample, Sampler, Sampling, plain_folder, sampling_of
 
 
 def open_sampler(name: str, options, endpoint: bool = False):
@@ -21,7 +21,8 @@ def open_sampler(name: str, options, endpoint: bool = False):
     if options.engine == "vllm":
         from engines.vllm import VllmSampler
 
-        return VllmSampler(name, tokenizer, options.tensor_parallel)
+        with plain_folder(name, tokenizer, getattr(options, "run", "")) as folder:
+            return VllmSampler(folder, tokenizer, options.tensor_parallel)
     from engines.hf import HfSampler
 
     return HfSampler(load_model(name), tokenizer, options.batch_tokens)
@@ -39,7 +40,8 @@ def open_training_sampler(trainer, tokenizer, options):
         from engines.vllm import VllmSampler
 
         parallel = options.tensor_parallel
-        sampler = VllmSampler(options.model, tokenizer, parallel, beside_trainer=True)
+        with plain_folder(options.model, tokenizer, options.run) as folder:
+            sampler = VllmSampler(folder, tokenizer, parallel, beside_trainer=True)
     else:
         from engines.hf import HfSampler
 

@@ -2,6 +2,9 @@
 
 import hashlib
 import math
+import shutil
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -122,6 +125,25 @@ def end_tokens_of(name: str, tokenizer) -> set[int]:
     from transformers import GenerationConfig
 
     try:
-        return end_tokens(GenerationConfig.from_pretrained(name), tokenizer)
+        return end_tokens(GenerationConfig.from_pretrained(plumbing.base_of(name)), tokenizer)
     except OSError:  # a folder without a generation_config.json
         return end_tokens(None, tokenizer)
+
+
+@contextmanager
+def plain_folder(name: str, tokenizer, run: str):
+    """What an engine that reads models by itself is to open: the name, or of `base+adapter` a
+    merged folder in `run` (without one, among the temporary ones), gone once the engine has it."""
+    if not plumbing.base_and_adapter(name)[1]:
+        yield name
+        return
+    here, folder = plumbing.processes(), Path(run or tempfile.mkdtemp()) / "merged"
+    if here.process_index == 0:
+        model = plumbing.load_whole(name, plumbing.model_config(name).dtype)
+        save_checkpoint(model, tokenizer, folder, name)
+        del model
+    here.wait_for_everyone()
+    yield str(folder)
+    here.wait_for_everyone()
+    if here.process_index == 0:
+        shutil.rmtree(folder if run else folder.parent)

@@ -17,8 +17,9 @@ from plumbing.checks import require_unseen
 from plumbing.figures import write_evaluation
 from plumbing.loading import load_whole
 from plumbing.models import dry_config, dry_tokenizer, require_model
-from plumbing.names import content_of, file_label, fingerprint, is_endpoint, load_rule, local_name
-from plumbing.names import model_config, name_pairs
+from plumbing.names import base_and_adapter, base_of, content_of, file_label, fingerprint
+from plumbing.names import is_endpoint, load_rule, local_name, model_config, name_pairs
+from plumbing.names import tokenizer_source
 from plumbing.options import ALL_LINEAR, PRESETS, parse_options
 from plumbing.progress import grpo_history, log_check, log_grpo_step, open_accelerator
 from plumbing.progress import bar_over, one_bar, require_trackers

@@ -1,12 +1,16 @@
 """A model folder or hub id, loaded whole or refused in one line."""
 
+import torch
+
+from plumbing.adapters import merge_adapter
+from plumbing.names import base_and_adapter, model_config
 from plumbing.process import fail
 
 
 def load_whole(name: str, dtype):
-    """The causal language model of that name: safetensors only, no remote code. A tensor that is
-    missing, left over or of another shape ends the program with its name; transformers would start
-    it at random, or drop it, and go on."""
+    """The causal language model of that name, an adapter merged: safetensors only, no remote code.
+    A tensor that is missing, left over or of another shape ends the program with its name;
+    transformers would start it at random, or drop it, and go on."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -16,16 +20,19 @@ def load_whole(name: str, dtype):
     logging.set_verbosity_error()  # the line below says it
     settings = {"use_safetensors": True, "output_loading_info": True}
     settings["ignore_mismatched_sizes"] = True  # they are reported
+    base, adapter = base_and_adapter(name)
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=False, **settings
+            base, dtype=dtype, trust_remote_code=False, **settings
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        fail(f"cannot load the weights of {name}: {what}")
+        fail(f"cannot load the weights of {base}: {what}")
     finally:
         logging.set_verbosity(level)
-    require_every_tensor(name, loaded)
+    require_every_tensor(base, loaded)
+    if adapter:
+        merge_adapter(model, adapter, model_config(base).dtype or torch.float32)
     return model
 
 

@@ -6,7 +6,9 @@ import json
 import os
 from pathlib import Path
 
-from plumbing.names import is_endpoint, local_name, model_config
+from plumbing.adapters import planned_merge, read_config
+from plumbing.names import base_and_adapter, base_of, is_endpoint, local_name, model_config
+from plumbing.names import tokenizer_source
 from plumbing.process import fail
 
 # How files end that are taken for a model by mistake, or hold weights of another kind
@@ -35,6 +37,9 @@ def require_model(name: str, endpoint: bool = False, served: bool = False, templ
         fail(f"{name} is a rule: only guards, judges and self-checkers may be one; name a model")
     if not name:
         fail("the name of a model is empty; name a folder or a Hugging Face id")
+    if "+" in name and not os.path.exists(name):
+        require_adapted(name, template)
+        return
     if os.path.isdir(name):
         require_model_folder(name, template)
         return
@@ -65,12 +70,21 @@ def is_path(name: str) -> bool:
 def require_model_folder(name: str, template: bool):
     """A folder needs a config, a tokenizer and, where the model is asked through it, a chat
     template. Its weights are looked at when the run folder is opened: a dry run needs none."""
+    is_adapter = (Path(name) / "adapter_config.json").is_file()
     if not (Path(name) / "config.json").is_file():
-        fail(f"no model '{name}': the folder has no config.json")
+        hint = f", but an adapter's; name its base before it: base+{name}" if is_adapter else ""
+        fail(f"no model '{name}': the folder has no config.json{hint}")
+    if is_adapter:  # where PEFT is installed, transformers would merge it unasked
+        fail(f"{name} holds a model and an adapter; give each a folder and name both: base+adapter")
     try:
         model_config(name)
     except Exception as error:  # transformers raises many kinds
         fail(f"cannot read {name}/config.json: {one_line(error)}")
+    require_tokenizer(name, template)
+
+
+def require_tokenizer(name: str, template: bool):
+    """A folder's tokenizer; ends the program if it doesn't load, or lacks a needed template."""
     from transformers import AutoTokenizer
 
     try:
@@ -81,6 +95,37 @@ def require_model_folder(name: str, template: bool):
         fail(f"cannot load the tokenizer of {name}: its files, such as tokenizer.json, are missing")
     if template and not tokenizer.chat_template:
         fail(f"{name} has no chat template; take an instruct model, or add a chat_template.jinja")
+    return tokenizer
+
+
+def require_adapted(name: str, template: bool):
+    """Ends the program unless `base+adapter` is a model and an adapter that fits it: compared on
+    the meta device, where no weight has a number. Says what the adapter itself says of it."""
+    base, adapter = base_and_adapter(name)
+    if not adapter:
+        hint = "no such folder, and no adapter_config.json in a folder behind the +"
+        fail(f"no model '{name}': {hint}")
+    if base_and_adapter(base)[1]:
+        fail(f"{name} names two adapters; merge the first one into a folder, it takes one")
+    has_own = tokenizer_source(name) == adapter
+    require_model(base, template=template and not has_own)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(dry_config(base))
+    planned_merge(model, adapter)
+    notes, rows = [], model.get_input_embeddings().weight.shape[0]
+    if has_own:
+        notes.append("tokenizer and chat template are the adapter's own")
+        tokenizer = require_tokenizer(adapter, template)
+        if len(tokenizer) > rows:
+            fail(f"the tokenizer of {adapter} has {len(tokenizer)} tokens, {base} reads {rows}")
+    trained_on = read_config(adapter).get("base_model_name_or_path") or base
+    if Path(trained_on).name != Path(base).name:
+        notes.append(f"the adapter says that it was trained on {trained_on}")
+    if notes and os.environ.get("RANK", "0") == "0":
+        print(f"{name}: {'; '.join(notes)}")
 
 
 def require_hub_model(name: str):
@@ -132,6 +177,7 @@ def dry_config(name: str):
     """The config of a model, or the stand-in of one out of reach: for predictions only."""
     from plumbing import stand_ins
 
+    name = base_of(name)
     return stand_ins.config_of(name) if name in OUT_OF_REACH else model_config(name)
 
 
@@ -142,6 +188,7 @@ def dry_tokenizer(name: str):
 
     from plumbing import stand_ins
 
+    name = tokenizer_source(name)
     line = f"\nthe hub is out of reach, nothing was looked up of {', '.join(OUT_OF_REACH)}"
     if name not in OUT_OF_REACH:
         if OUT_OF_REACH:  # a guard, judge or expert

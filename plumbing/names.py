@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -21,10 +22,37 @@ def local_name(name: str) -> str:
     return name.partition("@http")[0]
 
 
+def base_and_adapter(name: str) -> tuple[str, str]:
+    """(model, folder of the LoRA adapter that is merged into it) of `base+adapter`; the name itself
+    and "" where no adapter is named. A file or folder with a + in its name is what it is.
+
+    >>> base_and_adapter("tiny/lrm"), base_and_adapter("a+b@http://host/v1")
+    (('tiny/lrm', ''), ('a+b@http://host/v1', ''))
+    """
+    if "+" in name and not is_endpoint(name) and not os.path.exists(name):
+        for plus in re.finditer(r"\+", name):
+            base, adapter = name[: plus.start()], name[plus.end() :]
+            if os.path.isfile(os.path.join(adapter, "adapter_config.json")):
+                return base, adapter
+    return name, ""
+
+
+def base_of(name: str) -> str:
+    return base_and_adapter(name)[0]
+
+
+def tokenizer_source(name: str) -> str:
+    """Where the tokenizer and chat template of a model are: those of `base+adapter` are the
+    adapter's, if they lie in its folder, else the base's."""
+    base, adapter = base_and_adapter(name)
+    has_own = adapter and os.path.isfile(os.path.join(adapter, "tokenizer_config.json"))
+    return adapter if has_own else base
+
+
 def model_config(name: str):
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    return AutoConfig.from_pretrained(base_of(name), trust_remote_code=False)
 
 
 def load_rule(path: str, function: str):
@@ -61,7 +89,10 @@ def fingerprint(path: str) -> str:
 
 def content_of(name: str) -> str:
     """What stands behind the name of a model or rule: the hash of its files, or its commit on the
-    hub."""
+    hub; of `base+adapter` both."""
+    base, adapter = base_and_adapter(name)
+    if adapter:
+        return f"{content_of(base)}+{fingerprint(adapter)}"
     if Path(name).exists():
         return fingerprint(name)
     if is_endpoint(name):

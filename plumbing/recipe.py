@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from plumbing.code import commit
-from plumbing.names import content_of, local_name
+from plumbing.names import base_of, content_of, local_name
 from plumbing.process import fail
 from plumbing.rows import write_atomic
 from plumbing.runs import options_of
@@ -56,7 +56,7 @@ def evaluation_recipe(options, models: dict, benchmarks: dict, responses: dict, 
 
     recipe = {"models": {}, "benchmarks": benchmarks, "judges": {}, "guards in training": set()}
     for name, path in models.items():
-        folder = Path(local_name(path)).parent
+        folder = Path(base_of(local_name(path))).parent
         made_by = options_of(folder)  # of the stage that trained it, if it lies in a run folder
         content = content_of(local_name(path))
         recipe["models"][name] = {"path": path, "content": content, "made by": made_by}

@@ -17,7 +17,7 @@ import torch
 from plumbing import process
 from plumbing.code import ROOMS, code_of, stage_number
 from plumbing.models import require_reach, require_weights
-from plumbing.names import fingerprint, is_endpoint, local_name
+from plumbing.names import base_and_adapter, base_of, fingerprint, is_endpoint, local_name
 from plumbing.process import fail
 from plumbing.rows import read_jsonl, write_atomic
 
@@ -72,9 +72,10 @@ def record_of(options, free: tuple[str, ...]) -> dict:
         del record[name]
     for value in list(record.values()):
         for item in value if isinstance(value, list) else [value]:
-            path = place_of(str(item))
-            if re.search("[/.]", path) and os.path.exists(path):
-                record[f"content of {path}"] = fingerprint(path)
+            base, adapter = base_and_adapter(place_of(str(item)))
+            for path in (base, adapter):
+                if (adapter or re.search("[/.]", path)) and os.path.exists(path):
+                    record[f"content of {path}"] = fingerprint(path)
     return record
 
 
@@ -176,7 +177,7 @@ def open_run(options, free: tuple[str, ...] = ()) -> Path:
     record, code = record_of(options, free), code_of(options)
     require_folder(options, record, code)
     for item in values_of(options):
-        place = place_of(item)
+        place = base_of(place_of(item))
         require_reach(place)
         if place and not is_endpoint(item) and os.path.isfile(f"{place}/config.json"):
             require_weights(place)
