@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import scipy.stats
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from plumbing import fail, read_jsonl, run_stage  # noqa: E402
@@ -44,23 +46,22 @@ THINKSAFE = {  # name in the table -> options of stage 03
     "expert-answers": ["--generator", "tiny/expert", "--steering", "none"],
     "direct-refusal": ["--fixed_refusal", "sorry, i can not help with this."],
 }
-T975 = {
-    2: 12.706,
-    3: 4.303,
-    4: 3.182,
-    5: 2.776,
-}  # Student's t for a 95 % interval of that many seeds
 
 
-def stage(script: str, run: Path, *options):
-    """Runs a stage on one core unless its summary says that it has finished."""
-    if not (ROOT / run / "summary.txt").exists():
-        command = [sys.executable, script, "--run", str(run), *map(str, options)]
-        print(" ".join(command[1:]), flush=True)
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-        if done.returncode:
-            fail(f"{script} --run {run}: {(done.stderr.splitlines() or ['killed'])[-1]}")
+def execute(words: list, home: Path, what: str):
+    """Runs a script on one core, started in the folder `home`; its failure is one line."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True)
+    if done.returncode:
+        fail(f"{what}: {(done.stderr.splitlines() or ['killed'])[-1]}")
+
+
+def stage(script: str, run: Path, *options, home: Path = ROOT):
+    """Runs a stage in the folder `home` unless its summary says that it has finished."""
+    if not (home / run / "summary.txt").exists():
+        print(script, "--run", run, *options, flush=True)
+        execute([ROOT / script, "--run", run, *options], home, f"{script} --run {run}")
 
 
 def over_seeds(run_seed, seeds: int, jobs: int) -> list:
@@ -80,11 +81,10 @@ def mean_interval(values: list[float]) -> dict:
     ]  # "right, if checked" of a model that never checks
     if not values:
         return {"mean": None, "half": None, "values": []}
-    half = (
-        T975[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-        if len(values) > 1
-        else 0.0
-    )
+    half = 0.0
+    if len(values) > 1:
+        quantile = float(scipy.stats.t.ppf(0.975, len(values) - 1))
+        half = quantile * statistics.stdev(values) / math.sqrt(len(values))
     return {"mean": round(statistics.mean(values), 4), "half": round(half, 4), "values": values}
 
 
