@@ -61,16 +61,17 @@ class Place(NamedTuple):
 CORE = {
     "answer-SFT": Row("base", SECOND, ["--target", "answer"]),
     "SInternal": Row("base", SECOND),
+    "SInternal-rank-16": Row("base", SECOND, ["--lora_rank", 16]),  # the paper's
     "ThinkSafe": Row("base", THIRD),
     "SInternal-ThinkSafe": Row("SInternal", THIRD),
     # ThinkSafe's own answers are nearly all safe: there is nothing to verify but the base model's
     "ThinkSafe-SInternal": Row("ThinkSafe", SECOND),
 }
-# the run from the base is checked every ten steps: how many until it is as safe as ThinkSafe?
-CORE["base+GRPO"] = Row("base", FOURTH, CHECKS)
-for trained in ("answer-SFT", "SInternal", "ThinkSafe", "SInternal-ThinkSafe"):
+# these are checked every ten steps: where does GRPO get, and when is the base as safe as ThinkSafe?
+for trained in ("base", "answer-SFT", "SInternal", "ThinkSafe"):
+    CORE[f"{trained}+GRPO"] = Row(trained, FOURTH, CHECKS)
+for trained in ("SInternal-ThinkSafe", "ThinkSafe-SInternal"):
     CORE[f"{trained}+GRPO"] = Row(trained, FOURTH)
-CORE["ThinkSafe-SInternal+GRPO"] = Row("ThinkSafe-SInternal", FOURTH)
 LONGER = f"base+GRPO-{BASE_STEPS}"  # base+GRPO, gone on with
 CORE[LONGER] = Row("base", FOURTH, [*CHECKS, "--steps", BASE_STEPS])
 
@@ -81,10 +82,10 @@ ABLATIONS["other-answers"] = Row("base", SECOND, answers="01-other")
 ABLATIONS[HALF] = Row("base", SECOND, answers="01-half")
 for name in [name for name in THINKSAFE if name != "ThinkSafe"]:
     ABLATIONS[name] = Row("base", THIRD, THINKSAFE[name])
-ABLATIONS["ThinkSafe-reward+GRPO"] = Row("base", FOURTH, ["--reward", "thinksafe"])
-ABLATIONS["beta-0.04+GRPO"] = Row("base", FOURTH, ["--beta", 0.04])
+ABLATIONS["ThinkSafe-reward+GRPO"] = Row("base", FOURTH, [*CHECKS, "--reward", "thinksafe"])
+ABLATIONS["beta-0.04+GRPO"] = Row("base", FOURTH, [*CHECKS, "--beta", 0.04])
 SHARES = ["--shares", "harmful=0.3", "benign=0.3", "maths=0.2", "verify=0.2"]
-ABLATIONS["verification-rows+GRPO"] = Row("base", FOURTH, SHARES)
+ABLATIONS["verification-rows+GRPO"] = Row("base", FOURTH, [*CHECKS, *SHARES])
 ROWS = {**CORE, **ABLATIONS}
 del trained, name
 
