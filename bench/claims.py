@@ -1,13 +1,15 @@
-"""The papers' claims in the miniature world, over seeds.
+"""What stages 02 and 03 train on, row by row, on the committed base over seeds.
 
     python bench/claims.py sinternal     # what stage 02 trains on: about 7 minutes a seed on one core
     python bench/claims.py thinksafe     # what stage 03 trains on: about 6 minutes a seed on one core
     python bench/curves.py               # then, where GRPO gets from each of them
-    python bench/verdicts.py             # and what all that says of every claim
 
-Per seed: each variant of the stage, then stage 05 over all of them, judged by the gold rule; two seeds at a time. The
-same command goes on where it stopped. Writes results/claims/<table>.json and .md: mean over seeds and its 95 %
-t-interval.
+Every claim, on several bases and under attacks, is judged elsewhere: bench/rows.py says how each row
+is trained, bench/matrix.py measures the rows, bench/verdicts.py judges.
+
+Per seed: each variant of the stage, then stage 05 over all of them, judged by the gold rule; two
+seeds at a time. The same command goes on where it stopped. Writes results/claims/<table>.json and
+.md: mean over seeds and its 95 % t-interval.
 """
 
 import argparse

@@ -297,12 +297,9 @@ def main():
     result = {"seeds": options.seeds, "steps": STEPS, "curves": curves}
     if {"base", "ThinkSafe"} <= set(options.only):
         steps = [steps_until_as_safe(options.runs, seed) for seed in range(options.seeds)]
-        result["GRPO's cost over ThinkSafe's"] = cost(
-            steps,
-            tokens(
-                ROOT / options.runs / "thinksafe0/ThinkSafe", ROOT / options.runs / "grpo0/base"
-            ),
-        )
+        runs = ROOT / options.runs
+        counted = tokens(runs / "thinksafe0/ThinkSafe", runs / "grpo0/base")
+        result["GRPO's cost over ThinkSafe's"] = cost(steps, counted)
         lines += ["", cost_in_words(result["GRPO's cost over ThinkSafe's"])]
     out.mkdir(parents=True, exist_ok=True)
     (out / "grpo.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Where every row of bench/rows.py is measured, under every condition, by base model and seed:
 
     python bench/matrix.py --bases 0     # core rows and ablations
-    python bench/matrix.py --bases 1 2   # core rows; the worlds are built first
+    python bench/matrix.py --bases 1 2   # the shorter list; the worlds are built first
     python bench/verdicts.py             # what that says of every claim
 
 All rows alike, by stage 05 and the gold rule. Harmful prompts of unseen items in unseen wrappers
@@ -66,12 +66,14 @@ def evaluate(place: rows.Place, group: str, names: list[str]):
     own = ["--seed", place.seed, *models]
     wrapped = f"wrapped={place.world}/wrapped_harmful.jsonl"
     benign = f"benign={place.world}/wrapped_benign.jsonl"
+    # a thinking is begun as the model begins it before benign prompts, which must be asked too
+    every = "wrapped=tiny/prompts/test_wrapped.jsonl"
     others = [f"{name}=tiny/prompts/test_{name}.jsonl" for name in ("plain", "sums")]
     verify = ["--verify_test", place.run("SInternal") / "verify_test.jsonl"]
     asked = {
         "wrapped": ["--bench", wrapped, "--n", 8, *BOTH_DECODINGS],
         "others": ["--bench", benign, *others, "--n", 2, *BOTH_DECODINGS, *verify],
-        "starts": ["--bench", wrapped, "--n", 2, "--prefill", "think-open"],
+        "starts": ["--bench", every, "--n", 2, "--prefill", "think-open"],
     }
     for name, options in asked.items():
         run = place.run(f"{group}-{name}")
@@ -179,7 +181,7 @@ def relative_cost(place: rows.Place, goal: float) -> float:
 
 def measure(ablations: list[int], place: rows.Place) -> dict:
     """{row: {condition: {column: value}}} of a base and a seed, trained and evaluated first."""
-    groups = {"core": ["base", *rows.CORE]}
+    groups = {"core": ["base", *(rows.SHORT if place.base else rows.CORE)]}
     if place.base in ablations:
         groups["ablations"] = list(rows.ABLATIONS)
     measured = {}
@@ -191,9 +193,10 @@ def measure(ablations: list[int], place: rows.Place) -> dict:
         for name in names:
             if data := of_data(place, name):
                 measured[name][DATA] = data
-    cost = relative_cost(place, measured["ThinkSafe"]["T = 1"][ASR])
-    measured["ThinkSafe"][DATA][COST] = cost
-    measured[UNTIL] = {DATA: {COST: 1.0}}
+    if place.run(rows.LONGER).exists():
+        cost = relative_cost(place, measured["ThinkSafe"]["T = 1"][ASR])
+        measured["ThinkSafe"][DATA][COST] = cost
+        measured[UNTIL] = {DATA: {COST: 1.0}}
     return measured
 
 

@@ -87,6 +87,8 @@ ABLATIONS["beta-0.04+GRPO"] = Row("base", FOURTH, [*CHECKS, "--beta", 0.04])
 SHARES = ["--shares", "harmful=0.3", "benign=0.3", "maths=0.2", "verify=0.2"]
 ABLATIONS["verification-rows+GRPO"] = Row("base", FOURTH, [*CHECKS, *SHARES])
 ROWS = {**CORE, **ABLATIONS}
+SHORT = ["answer-SFT", "SInternal", "ThinkSafe", "SInternal-ThinkSafe"]  # on the other bases
+SHORT += [f"{trained}+GRPO" for trained in ("base", "answer-SFT", "SInternal", "ThinkSafe")]
 del trained, name
 
 
@@ -130,6 +132,8 @@ def train(place: Place, name: str):
     if row.script == SECOND:
         heldout = place.world / "heldout"
         options += ["--responses", answers_of(place, row.answers), "--heldout", heldout]
+    if place.base:  # what is seen along the way is shown of the committed base alone
+        options = [option for option in options if option not in CHECKS]
     if row.script == FOURTH and "--steps" not in row.options:
         options += ["--steps", STEPS]
     if name == "verification-rows+GRPO":  # answers that stage 02 verified, with the guard's labels

@@ -230,31 +230,28 @@ def add_holm(claims: list[dict]):
 
 
 # One word for all ---------------------------------------------------------------------------------
-AT_DECODING = (("preset", "any of 8", "think-open"), ("T = 1", "any of 8, T = 1", "search"))
-AT_ATTACK = (("preset", "T = 1"), ("any of 8", "any of 8, T = 1"))
+AXES = ("decoding", "attack", "base model")
+PLACES = {  # condition -> its decoding, its attack
+    "preset": ("preset", "one answer"),
+    "T = 1": ("T = 1", "one answer"),
+    "any of 8": ("preset", "eight answers"),
+    "any of 8, T = 1": ("T = 1", "eight answers"),
+    "think-open": ("preset", "think-open"),
+    "search": ("T = 1", "search"),
+    DATA: ("", ""),
+}
 
 
-def turning(words: dict[tuple[str, str], str], differ) -> list[str]:
-    """Along what the verdicts {(base, condition): word} differ, where nothing else does."""
-
-    def any_pair(same: str, groups) -> bool:
-        for fixed in dict.fromkeys(key[same == "condition"] for key in words):
-            for group in groups:
-                own = [
-                    word
-                    for key, word in words.items()
-                    if key[same == "condition"] == fixed and key[same != "condition"] in group
-                ]
-                if any(differ(a, b) for a, b in combinations(own, 2)):
-                    return True
-        return False
-
-    axes = {
-        "decoding": any_pair("base", AT_ATTACK),
-        "attack": any_pair("base", AT_DECODING),
-        "base model": any_pair("condition", (BASES,)),
-    }
-    return [axis for axis, differs in axes.items() if differs]
+def axes_of(verdicts: dict[tuple[str, str], str], alone: bool) -> list[str]:
+    """The axes along which two of the verdicts {(base, condition): verdict} differ; `alone`: only
+    pairs count that have all else in common."""
+    axes = set()
+    for (key, word), (other_key, other) in combinations(verdicts.items(), 2):
+        places = [(*PLACES[condition], base) for base, condition in (key, other_key)]
+        differing = [axis for axis, a, b in zip(AXES, *places) if a != b]
+        if word != other and (len(differing) == 1 or not alone):
+            axes.update(differing)
+    return [axis for axis in AXES if axis in axes]
 
 
 def one_word(verdicts: dict[tuple[str, str], str]) -> str:
@@ -276,8 +273,8 @@ def one_word(verdicts: dict[tuple[str, str], str]) -> str:
     if len({*firm.values()}) == 1:
         word = next(iter(firm.values()))
         return f"{UNDECIDED} ({word} in {len(firm)} of {len(words)})"
-    # turned round only where two things differ at once: name those along which anything differs
-    axes = turning(firm, str.__ne__) or turning(words, str.__ne__)
+    # what turns round only where several things change at once: then those along which it wavers
+    axes = axes_of(firm, True) or axes_of(words, True) or axes_of(firm, False)
     return f"depends on {', '.join(axes)}"
 
 
