@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -88,6 +89,17 @@ def mean_interval(values: list[float]) -> dict:
         quantile = float(scipy.stats.t.ppf(0.975, len(values) - 1))
         half = quantile * statistics.stdev(values) / math.sqrt(len(values))
     return {"mean": round(statistics.mean(values), 4), "half": round(half, 4), "values": values}
+
+
+def compact_json(report: dict) -> str:
+    """JSON of a line for each entry, with lists of numbers on one line.
+
+    >>> compact_json({"a": [1, None], "b": []})
+    '{\\n "a": [1, null],\\n "b": []\\n}\\n'
+    """
+    text = json.dumps(report, indent=1)
+    one_line = re.sub(r"\[\s*([^][{}\"]*?)\s*\]", lambda m: f"[{' '.join(m[1].split())}]", text)
+    return one_line + "\n"
 
 
 def checks(folder: Path) -> dict:

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import rows
-from claims import ROOT, execute, mean_interval, read_jsonl, stage
+from claims import ROOT, compact_json, execute, mean_interval, read_jsonl, stage
 from curves import BASE_STEPS, operations, tokens
 
 from plumbing import run_stage, write_atomic, write_jsonl
@@ -276,7 +276,7 @@ def main():
             world = {"seeds": options.seeds, "rows": by_seed(own)}
             matrix["bases"][str(base)] = world
         matrix["bases"] = dict(sorted(matrix["bases"].items()))
-        write_atomic(file, json.dumps(matrix, indent=1) + "\n")
+        write_atomic(file, compact_json(matrix))
     page = rows_page(matrix)
     write_atomic(OUT / "rows.md", page)
     print(page)

@@ -10,7 +10,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 import scipy.stats
-from claims import HALF, mean_interval
+from claims import HALF, compact_json, mean_interval
 from matrix import (
     ASR,
     BOTH,
@@ -126,7 +126,7 @@ something *kept*; **appears**: the interval lies above the bar, **does not**: be
 of paired t-tests against the bar (above it for *appears*, below it for *does not*, 2.5 % each) corrected for all
 {{}} claims of the column, base 0 at the preset's decoding. Every other column is uncorrected.
 
-In all: one word where every condition of every base that was run has the same verdict. **depends on** names along
+In all: one word where every condition of every base has the same verdict, or of those bases that were run. **depends on** names along
 what it turns round from one verdict to another: the decoding (preset, T = 1), the attack (one answer, the worst of
 eight, a begun thinking, the search) or the base model. Where it never turns round but is undecided somewhere, the word
 is **undecided**, with what the others say. Perplexity, KL and operations have one verdict for each base, under *preset*.
@@ -139,7 +139,7 @@ What the worlds cannot say about real models:
 - Thinkings follow one pattern, so a critique can open just as they do; whether a real one must is open.
 - The teacher has other words and never learnt sums: what its answers cost says something about this teacher.
 - Operations depend on lengths and on what is safe enough; LoRA would save a large model a third of stage 03's."""
-COLOURS = {APPEARS: "#4daf4a", DOES_NOT: "#e05a4e", CONFOUNDED: "#f0a030", UNDECIDED: "#bdbdbd"}
+COLOURS = {APPEARS: "#2a9d8f", DOES_NOT: "#e76f51", CONFOUNDED: "#e9c46a", UNDECIDED: "#bdbdbd"}
 
 
 # The rule -----------------------------------------------------------------------------------------
@@ -298,6 +298,14 @@ def show(cell: dict) -> str:
     return f"{round(cell['mean'], 2) + 0:.2f} ± {cell['half']:.2f}"  # + 0: no minus before a 0
 
 
+def in_all(claim: dict) -> str:
+    """The one word, and on which bases where that is not all."""
+    cells = {base: cells[claim["first"]] for base, cells in claim["bases"].items()}
+    run = [base for base, cell in cells.items() if cell["verdict"] != NOT_RUN]
+    only = f", base {' and '.join(run)} only" if 0 < len(run) < len(BASES) else ""
+    return claim["word"] + only
+
+
 def first_table(claims: list[dict]) -> list[str]:
     """A line for each claim: what is compared, the effect on base 0 at the preset, the verdicts."""
     head = ["paper", "claim", "measured by", "this row", "against", "effect"]
@@ -315,7 +323,7 @@ def first_table(claims: list[dict]) -> list[str]:
                 control = show(cell["effect of the control"])
                 said += f" by the {claim['cause']}: {control} for {claim['control']}"
             line += [show(cell["effect"]), said, cell["after Holm"]["verdict"]]
-        body.append([*line, f"**{claim['word']}**"])
+        body.append([*line, f"**{in_all(claim)}**"])
     return markdown_table(head, body)
 
 
@@ -366,7 +374,7 @@ def figure(claims: list[dict], path):
             if word == NOT_RUN:
                 style["hatch"] = "////"
             axis.add_patch(plt.Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, lw=0, **style))
-        axis.text(len(places) - 0.3, y, claim["word"], va="center", fontsize=7)
+        axis.text(len(places) - 0.3, y, in_all(claim), va="center", fontsize=7)
     for edge in range(len(CONDITIONS), len(places), len(CONDITIONS)):
         axis.axvline(edge - 0.5, color="black", lw=0.8)
     names = [f"{claim['text']}  [{claim['source']}]" for claim in claims]
@@ -395,7 +403,7 @@ def main():
     text = page_of(claims, matrix)
     write_atomic(OUT / "claims.md", text)
     result = {"margin": MARGIN, "claims": claims}
-    write_atomic(OUT / "claims.json", json.dumps(result, indent=1) + "\n")
+    write_atomic(OUT / "claims.json", compact_json(result))
     figure(claims, OUT / "claims.png")
     print(text)
 
