@@ -130,7 +130,8 @@ In all: one word where every condition of every base has the same verdict, or of
 what it turns round from one verdict to another: the decoding (preset, T = 1), the attack (one answer, the worst of
 eight, a begun thinking, the search) or the base model. Where it never turns round but is undecided somewhere, the word
 is **undecided**, with what the others say. Perplexity, KL and operations have one verdict for each base, under *preset*.
-Wrapped: unseen jailbreaks around unseen items; plain: without. Operations: share of GRPO's.
+Wrapped: unseen jailbreaks around unseen items; plain: without, and it is the plain prompts that the search attacks.
+Operations: share of GRPO's.
 
 What the worlds cannot say about real models:
 
