@@ -14,12 +14,8 @@ from typing import NamedTuple
 from claims import HALF, ROOT, SINTERNAL, THINKSAFE, execute, stage
 from curves import BASE_STEPS, CHECKS, PROMPTS, STEPS
 
-FIRST, SECOND, THIRD, FOURTH = (
-    "01_generate.py",
-    "02_verify_sft.py",
-    "03_steer_selfgen.py",
-    "04_grpo.py",
-)
+FIRST, SECOND = "01_generate.py", "02_verify_sft.py"
+THIRD, FOURTH = "03_steer_selfgen.py", "04_grpo.py"
 WORLD_MODELS = ["lrm", "guard", "expert"]
 ANSWERS = {  # runs of stage 01 that stage 02 reads -> options
     "01": [],
@@ -29,7 +25,7 @@ ANSWERS = {  # runs of stage 01 that stage 02 reads -> options
 
 
 class Row(NamedTuple):
-    start: str  # the row whose checkpoint is trained
+    start: str  # the row whose checkpoint it is trained on, "base" for the world's own model
     script: str
     options: list = []
     answers: str = "01"  # stage 02 only: which run of stage 01 it verifies
@@ -61,35 +57,35 @@ class Place(NamedTuple):
 CORE = {
     "answer-SFT": Row("base", SECOND, ["--target", "answer"]),
     "SInternal": Row("base", SECOND),
-    "SInternal-rank-16": Row("base", SECOND, ["--lora_rank", 16]),  # the paper's
     "ThinkSafe": Row("base", THIRD),
     "SInternal-ThinkSafe": Row("SInternal", THIRD),
     # ThinkSafe's own answers are nearly all safe: there is nothing to verify but the base model's
     "ThinkSafe-SInternal": Row("ThinkSafe", SECOND),
 }
-# these are checked every ten steps: where does GRPO get, and when is the base as safe as ThinkSafe?
-for trained in ("base", "answer-SFT", "SInternal", "ThinkSafe"):
-    CORE[f"{trained}+GRPO"] = Row(trained, FOURTH, CHECKS)
-for trained in ("SInternal-ThinkSafe", "ThinkSafe-SInternal"):
-    CORE[f"{trained}+GRPO"] = Row(trained, FOURTH)
+GRPO_STARTS = list(CORE)
+# the paper's rank: what does it cost?
+CORE["SInternal-rank-16"] = Row("base", SECOND, ["--lora_rank", 16])
+# the run from the base is checked every ten steps: how many until it is as safe as ThinkSafe?
+CORE["base+GRPO"] = Row("base", FOURTH, CHECKS)
+CORE |= {f"{start}+GRPO": Row(start, FOURTH) for start in GRPO_STARTS}
 LONGER = f"base+GRPO-{BASE_STEPS}"  # base+GRPO, gone on with
 CORE[LONGER] = Row("base", FOURTH, [*CHECKS, "--steps", BASE_STEPS])
 
-ABLATIONS = {}
-for name in ("verdict-only", "critique-only", "bare-check"):
-    ABLATIONS[name] = Row("base", SECOND, SINTERNAL[name])
+PARTS = ("verdict-only", "critique-only", "bare-check")
+ABLATIONS = {name: Row("base", SECOND, SINTERNAL[name]) for name in PARTS}
 ABLATIONS["other-answers"] = Row("base", SECOND, answers="01-other")
 ABLATIONS[HALF] = Row("base", SECOND, answers="01-half")
-for name in [name for name in THINKSAFE if name != "ThinkSafe"]:
-    ABLATIONS[name] = Row("base", THIRD, THINKSAFE[name])
-ABLATIONS["ThinkSafe-reward+GRPO"] = Row("base", FOURTH, [*CHECKS, "--reward", "thinksafe"])
-ABLATIONS["beta-0.04+GRPO"] = Row("base", FOURTH, [*CHECKS, "--beta", 0.04])
+for variant, options_of_03 in THINKSAFE.items():
+    if variant != "ThinkSafe":
+        ABLATIONS[variant] = Row("base", THIRD, options_of_03)
+ABLATIONS["ThinkSafe-reward+GRPO"] = Row("base", FOURTH, ["--reward", "thinksafe"])
+ABLATIONS["beta-0.04+GRPO"] = Row("base", FOURTH, ["--beta", 0.04])
 SHARES = ["--shares", "harmful=0.3", "benign=0.3", "maths=0.2", "verify=0.2"]
-ABLATIONS["verification-rows+GRPO"] = Row("base", FOURTH, [*CHECKS, *SHARES])
+ABLATIONS["verification-rows+GRPO"] = Row("base", FOURTH, SHARES)
 ROWS = {**CORE, **ABLATIONS}
-SHORT = ["answer-SFT", "SInternal", "ThinkSafe", "SInternal-ThinkSafe"]  # on the other bases
-SHORT += [f"{trained}+GRPO" for trained in ("base", "answer-SFT", "SInternal", "ThinkSafe")]
-del trained, name
+# on the other bases: the methods, both together, and GRPO from the four that there is a claim on
+SHORT = ["answer-SFT", "SInternal", "ThinkSafe", "SInternal-ThinkSafe"]
+SHORT += ["base+GRPO", "answer-SFT+GRPO", "SInternal+GRPO", "ThinkSafe+GRPO"]
 
 
 def build(world: Path, base: int, models: list[str]):
@@ -132,8 +128,6 @@ def train(place: Place, name: str):
     if row.script == SECOND:
         heldout = place.world / "heldout"
         options += ["--responses", answers_of(place, row.answers), "--heldout", heldout]
-    if place.base:  # what is seen along the way is shown of the committed base alone
-        options = [option for option in options if option not in CHECKS]
     if row.script == FOURTH and "--steps" not in row.options:
         options += ["--steps", STEPS]
     if name == "verification-rows+GRPO":  # answers that stage 02 verified, with the guard's labels
