@@ -80,7 +80,7 @@ def evaluate(place: rows.Place, group: str, names: list[str]):
         stage("05_eval.py", run, *own, *options, *GOLD, home=place.home)
     out = place.run(f"{group}-search")
     if not (out / "attack.json").exists():
-        words = [ROOT / "bench/attack.py", "--out", out, *own, "--judge", "tiny/gold.py"]
+        words = [ROOT / "bench/attack.py", "--out", out, *own, *GOLD]
         words += ["--k", K, "--limit", LIMIT, "--attacks", "best-of-n", "suffix"]
         execute(words, place.home, f"bench/attack.py --out {out}")
 
