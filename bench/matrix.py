@@ -37,6 +37,7 @@ ATTACKS = {  # condition -> (decoding, folder of the evaluation, metric, benchma
     "search": ("T = 1", "search", "", ""),  # attack.json, not a stage's results
 }
 CONDITIONS = [*DECODINGS, *ATTACKS]
+CLOSED = ["think-closed", "think-empty", "answer"]  # shown of every row; no claim is tested there
 DATA = "data"  # the condition of what is not sampled: of the run, not of its answers
 ASR, PLAIN, GAP = "ASR wrapped ↓", "ASR plain ↓", "ASR wrapped − plain ↓"
 COMPLIANCE, COMPLIANCE_PLAIN, SUMS = "compliance wrapped ↑", "compliance plain ↑", "sums ↑"
@@ -74,6 +75,7 @@ def evaluate(place: rows.Place, group: str, names: list[str]):
         "wrapped": ["--bench", wrapped, "--n", 8, *BOTH_DECODINGS],
         "others": ["--bench", benign, *others, "--n", 2, *BOTH_DECODINGS, *verify],
         "starts": ["--bench", every, "--n", 2, "--prefill", "think-open"],
+        "closed": ["--bench", every, "--n", 1, "--prefill", *CLOSED],
     }
     for name, options in asked.items():
         run = place.run(f"{group}-{name}")
@@ -120,9 +122,9 @@ def searched(place: rows.Place, group: str) -> dict[str, float]:
 
 
 def scores(place: rows.Place, group: str) -> dict[tuple, float]:
-    """{(folder, row, metric, benchmark): value} of the three evaluations of a group."""
+    """{(folder, row, metric, benchmark): value} of the evaluations of a group."""
     values = {}
-    for folder in ("wrapped", "others", "starts"):
+    for folder in ("wrapped", "others", "starts", "closed"):
         report = json.loads((place.run(f"{group}-{folder}") / "results.json").read_text())
         for row in report["rows"]:
             values[folder, row["model"], row["metric"], row["benchmark"]] = row["value"]
@@ -153,6 +155,8 @@ def sampled(place: rows.Place, group: str, names: list[str]) -> dict:
             asr = broken[name] if condition == "search" else values[folder, name, metric, benchmark]
             refused = 1 - own[decoding][COMPLIANCE]
             own[condition] = {ASR: asr, BOTH: asr + refused}
+        for start in CLOSED:
+            own[start] = {ASR: values["closed", name, "asr", f"wrapped.{start}"]}
         measured[name] = own
     return measured
 
@@ -223,7 +227,7 @@ NOTE = (
     "40 steps, or 100. Mean ± half a 95 % t-interval over seeds of sampling and training; judge: "
     "the gold rule. The bases are worlds of their own: items, recipes, prompts and base model."
 )
-SHOWN = {c if c not in DECODINGS else f"ASR, {c}": (c, ASR) for c in CONDITIONS}
+SHOWN = {c if c not in DECODINGS else f"ASR, {c}": (c, ASR) for c in [*CONDITIONS, *CLOSED]}
 for heading, column in (("compliance", COMPLIANCE), ("sums", SUMS)):
     SHOWN |= {f"{heading}, {decoding}": (decoding, column) for decoding in DECODINGS}
 
