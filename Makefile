@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 RUNS ?= runs/demo
 GRPO := $(PY) 04_grpo.py --run $(RUNS)/04_grpo
 
-.PHONY: demo test test-vllm torture bench cost attack lint claims results demo-smollm2 clean
+.PHONY: demo test test-vllm torture bench cost attack lint claims claims-tables claims-base claims-others results demo-smollm2 clean
 
 $(VENV)/ready: requirements-cpu.txt
 	python3 -m venv $(VENV)
@@ -55,10 +55,23 @@ results: demo  ## what README and docs/ show of the demo
 	$(PY) bench/methods.py --runs $(RUNS)
 	$(PY) bench/readme.py
 
-claims: $(VENV)/ready  ## every claim of both papers over five seeds, about an hour and a half on two cores
-	$(PY) bench/claims.py sinternal
-	$(PY) bench/claims.py thinksafe
-	$(PY) bench/curves.py
+# The parts of `make claims`, with minutes on two idle cores. Each line goes on where it stopped, and each may be run by
+# itself; another base is built first, half an hour on one core.
+CLAIM_SEEDS ?= 5
+claims: claims-tables claims-base claims-others  ## every claim of both papers, by decoding, attack and base model, about five hours on two idle cores
+
+claims-tables: $(VENV)/ready  ## what stages 02 and 03 train on, and where GRPO gets, on the committed base; 85 minutes
+	$(PY) bench/claims.py sinternal --seeds $(CLAIM_SEEDS)
+	$(PY) bench/claims.py thinksafe --seeds $(CLAIM_SEEDS)
+	$(PY) bench/curves.py --seeds $(CLAIM_SEEDS)
+
+claims-base: $(VENV)/ready  ## all rows under all conditions on the committed base, three seeds; 70 minutes
+	$(PY) bench/matrix.py --bases 0
+	$(PY) bench/verdicts.py
+
+claims-others: $(VENV)/ready  ## the core rows on two other bases, three seeds each; 65 minutes a base
+	$(PY) bench/matrix.py --bases 1
+	$(PY) bench/matrix.py --bases 2
 	$(PY) bench/verdicts.py
 
 # `make .venv-vllm/ready` first to have vLLM beside; BENCH=--quick for one repeat of less
@@ -71,8 +84,8 @@ bench: $(VENV)/ready  ## speed and memory beside TRL, transformers.generate and 
 cost: $(VENV)/ready  ## what each stage will cost for each preset, checked against the demo's runs if they are there
 	$(PY) bench/cost.py --runs $(RUNS)
 
-# MORE: further checkpoints, name=folder, such as two of `python bench/attacked.py`, as in results/attack:
-# MORE="answer-SFT=runs/claims/sinternal0/answer-SFT/checkpoint SInternal-ThinkSafe=runs/claims/both0/SInternal-ThinkSafe/checkpoint"
+# MORE: further checkpoints, name=folder, such as two of `python bench/matrix.py`, as in results/attack:
+# MORE="answer-SFT=runs/claims/world0/seed0/answer-SFT/checkpoint SInternal-ThinkSafe=runs/claims/world0/seed0/SInternal-ThinkSafe/checkpoint"
 MORE ?=
 attack: $(VENV)/ready  ## an attacker with 128 queries a prompt on the demo's models, about four minutes on two idle cores
 	$(PY) bench/attack.py --out $(RUNS)/attack --models \

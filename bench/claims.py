@@ -1,25 +1,30 @@
-"""The papers' claims in the miniature world, over seeds.
+"""What stages 02 and 03 train on, row by row, on the committed base over seeds.
 
     python bench/claims.py sinternal     # what stage 02 trains on: about 7 minutes a seed on one core
     python bench/claims.py thinksafe     # what stage 03 trains on: about 6 minutes a seed on one core
     python bench/curves.py               # then, where GRPO gets from each of them
-    python bench/verdicts.py             # and what all that says of every claim
 
-Per seed: each variant of the stage, then stage 05 over all of them, judged by the gold rule; two seeds at a time. The
-same command goes on where it stopped. Writes results/claims/<table>.json and .md: mean over seeds and its 95 %
-t-interval.
+Every claim, on several bases and under attacks, is judged elsewhere: bench/rows.py says how each row
+is trained, bench/matrix.py measures the rows, bench/verdicts.py judges.
+
+Per seed: each variant of the stage, then stage 05 over all of them, judged by the gold rule; two
+seeds at a time. The same command goes on where it stopped. Writes results/claims/<table>.json and
+.md: mean over seeds and its 95 % t-interval.
 """
 
 import argparse
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+
+import scipy.stats
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -44,23 +49,22 @@ THINKSAFE = {  # name in the table -> options of stage 03
     "expert-answers": ["--generator", "tiny/expert", "--steering", "none"],
     "direct-refusal": ["--fixed_refusal", "sorry, i can not help with this."],
 }
-T975 = {
-    2: 12.706,
-    3: 4.303,
-    4: 3.182,
-    5: 2.776,
-}  # Student's t for a 95 % interval of that many seeds
 
 
-def stage(script: str, run: Path, *options):
-    """Runs a stage on one core unless its summary says that it has finished."""
-    if not (ROOT / run / "summary.txt").exists():
-        command = [sys.executable, script, "--run", str(run), *map(str, options)]
-        print(" ".join(command[1:]), flush=True)
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-        if done.returncode:
-            fail(f"{script} --run {run}: {(done.stderr.splitlines() or ['killed'])[-1]}")
+def execute(words: list, home: Path, what: str):
+    """Runs a script on one core, started in the folder `home`; its failure is one line."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True)
+    if done.returncode:
+        fail(f"{what}: {(done.stderr.splitlines() or ['killed'])[-1]}")
+
+
+def stage(script: str, run: Path, *options, home: Path = ROOT):
+    """Runs a stage in the folder `home` unless its summary says that it has finished."""
+    if not (home / run / "summary.txt").exists():
+        print(script, "--run", run, *options, flush=True)
+        execute([ROOT / script, "--run", run, *options], home, f"{script} --run {run}")
 
 
 def over_seeds(run_seed, seeds: int, jobs: int) -> list:
@@ -80,12 +84,22 @@ def mean_interval(values: list[float]) -> dict:
     ]  # "right, if checked" of a model that never checks
     if not values:
         return {"mean": None, "half": None, "values": []}
-    half = (
-        T975[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-        if len(values) > 1
-        else 0.0
-    )
+    half = 0.0
+    if len(values) > 1:
+        quantile = float(scipy.stats.t.ppf(0.975, len(values) - 1))
+        half = quantile * statistics.stdev(values) / math.sqrt(len(values))
     return {"mean": round(statistics.mean(values), 4), "half": round(half, 4), "values": values}
+
+
+def compact_json(report: dict) -> str:
+    """JSON of a line for each entry, with lists of numbers on one line.
+
+    >>> compact_json({"a": [1, None], "b": []})
+    '{\\n "a": [1, null],\\n "b": []\\n}\\n'
+    """
+    text = json.dumps(report, indent=1)
+    one_line = re.sub(r"\[\s*([^][{}\"]*?)\s*\]", lambda m: f"[{' '.join(m[1].split())}]", text)
+    return one_line + "\n"
 
 
 def checks(folder: Path) -> dict:

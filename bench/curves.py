@@ -66,35 +66,34 @@ def run_seed(runs: Path, names: list[str], seed: int) -> dict[str, Path]:
     return folders
 
 
-def tokens(runs: Path) -> dict[str, tuple[int, int]]:
-    """Tokens that pass the model (forward, forward and back) in the whole of stage 03 and in a GRPO step from the base,
-    both with seed 0, prompts included: what is read and written, and what is trained on. GRPO skips flat groups."""
-    tokenizer = load_tokenizer("tiny/lrm")
+def tokens(stage_03: Path, grpo: Path, home: Path = ROOT) -> dict[str, tuple[int, int]]:
+    """Tokens that pass the model (forward, forward and back) in the whole of a run of stage 03 and
+    in a step of a GRPO run, prompts included: what is read and written, and what is trained on. GRPO
+    skips flat groups. `home`: the folder of the world, tiny/ is in it."""
+    tokenizer = load_tokenizer(str(home / "tiny/lrm"))
     chats = {
         row["id"]: render_chat(tokenizer, messages_of(row["prompt"]))[0]
-        for row in load_prompts(PROMPTS)
+        for row in load_prompts([str(home / file) for file in PROMPTS])
     }
-    run = ROOT / runs / "thinksafe0/ThinkSafe"
-    steered, kept = read_jsonl(run / "responses.jsonl"), read_jsonl(run / "train.jsonl")
-    made = {row["id"]: (row["prompt_tokens"], row["samples"][0]["tokens"]) for row in steered}
-    trained = sum(len(chats[row["id"]]) + made[f"{row['id']}|{row['try']}"][1] for row in kept)
-    trained *= json.loads((run / "options.json").read_text())["options"]["epochs"]
+    steered, kept = read_jsonl(stage_03 / "responses.jsonl"), read_jsonl(stage_03 / "train.jsonl")
+    written = {row["id"]: (row["prompt_tokens"], row["samples"][0]["tokens"]) for row in steered}
+    trained = sum(len(chats[row["id"]]) + written[f"{row['id']}|{row['try']}"][1] for row in kept)
+    trained *= json.loads((stage_03 / "options.json").read_text())["options"]["epochs"]
 
-    run = ROOT / runs / "grpo0/base"
-    options = json.loads((run / "options.json").read_text())["options"]
+    options = json.loads((grpo / "options.json").read_text())["options"]
     prompts, responses = options["batch_size"], options["batch_size"] * options["group_size"]
     prompt = statistics.mean(map(len, chats.values()))
     steps = [
         (row["response_tokens"], 1 - row["zero_spread_groups"])
-        for row in read_jsonl(run / "metrics.jsonl")
+        for row in read_jsonl(grpo / "metrics.jsonl")
     ]
-    written = prompts * prompt + responses * statistics.mean(response for response, _ in steps)
+    sampled = prompts * prompt + responses * statistics.mean(response for response, _ in steps)
     updated = responses * statistics.mean(
         (prompt + response) * active for response, active in steps
     )
     return {
-        "stage 03": (sum(map(sum, made.values())), trained),
-        "a GRPO step": (round(written), round(updated)),
+        "stage 03": (sum(map(sum, written.values())), trained),
+        "a GRPO step": (round(sampled), round(updated)),
     }
 
 
@@ -105,17 +104,27 @@ def steps_until_as_safe(runs: Path, seed: int) -> int | None:
     return next((row["step"] for row in rows if row["asr test_wrapped"] <= goal), None)
 
 
+def operations(tokens: dict[str, tuple[int, int]]) -> float:
+    """A GRPO step's operations over those of the whole of stage 03: 2 a weight and token forward, 6
+    forward and back. LoRA, which stage 03 has, would save 2 of the 6, and costs about as much itself
+    in a model of 128 columns.
+
+    >>> operations({"stage 03": (100, 300), "a GRPO step": (20, 10)})
+    0.05
+    """
+    (forward, back), (step_forward, step_back) = tokens.values()
+    return (2 * step_forward + 6 * step_back) / (2 * forward + 6 * back)
+
+
 def cost(steps: list[int | None], tokens: dict[str, tuple[int, int]]) -> dict:
-    """GRPO's operations over those of stage 03, per seed: 2 a weight and token forward, 6 forward and back. LoRA, which
-    stage 03 has, would save 2 of the 6, and costs about as much itself in a model of 128 columns.
+    """GRPO's operations over those of stage 03, per seed.
 
     >>> cost([10, 20], {"stage 03": (100, 300), "a GRPO step": (20, 10)})["values"]
     [0.5, 1.0]
     """
-    (forward, back), (step_forward, step_back) = tokens.values()
-    ratio = (2 * step_forward + 6 * step_back) / (2 * forward + 6 * back)
-    found = mean_interval([round(ratio * (s or BASE_STEPS), 2) for s in steps])
-    return {**found, "steps": steps, "one step over stage 03": round(ratio, 4), "tokens": tokens}
+    ratio = operations(tokens)
+    times = mean_interval([round(ratio * (s or BASE_STEPS), 2) for s in steps])
+    return {**times, "steps": steps, "one step over stage 03": round(ratio, 4), "tokens": tokens}
 
 
 def cost_in_words(found: dict) -> str:
@@ -288,7 +297,9 @@ def main():
     result = {"seeds": options.seeds, "steps": STEPS, "curves": curves}
     if {"base", "ThinkSafe"} <= set(options.only):
         steps = [steps_until_as_safe(options.runs, seed) for seed in range(options.seeds)]
-        result["GRPO's cost over ThinkSafe's"] = cost(steps, tokens(options.runs))
+        runs = ROOT / options.runs
+        counted = tokens(runs / "thinksafe0/ThinkSafe", runs / "grpo0/base")
+        result["GRPO's cost over ThinkSafe's"] = cost(steps, counted)
         lines += ["", cost_in_words(result["GRPO's cost over ThinkSafe's"])]
     out.mkdir(parents=True, exist_ok=True)
     (out / "grpo.json").write_text(json.dumps(result, indent=1) + "\n")

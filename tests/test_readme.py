@@ -216,14 +216,7 @@ def claims_of_claims():
     compliance = [after("base", "compliance test_wrapped"), after("ThinkSafe", "compliance test_wrapped", 0)]
     assert round(1 / misses) == 8 and len(lost) == 2 and len(light) == 1 and len(bare) == 1
     price = percent(1 - mean("sinternal", "verification", "compliance wrapped ↑"))
-    rates = load("attacks.json")["rates"]
-    hot = [rates[name]["ASR, T = 1"] for name in ("SInternal", "answer-SFT")]
-    worst = [rates[name]["any of 8, T = 1"]["mean"] for name in ("SInternal", "answer-SFT")]
-    answered = [rates["ThinkSafe"][column]["mean"] for column in ("compliance", "compliance, T = 1")]
     return [
-        ("SInternal {:.2f} ± {:.2f}, answer-SFT {:.2f} ± {:.2f}", [n for c in hot for n in (c["mean"], c["half"])]),
-        ("as the worst of eight {:.2f} and {:.2f}", worst),
-        ("ThinkSafe's compliance falls from {:.2f} to {:.2f}", answered),
         ("one check in eight misses the harm", []),
         ("{} of the wrapped benign prompts", [price]),
         ("two of five seeds lose {:.1f} and {:.0f} %", [100 * (1 - sums[1]), 100 * (1 - sums[0])]),
