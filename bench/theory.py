@@ -264,7 +264,8 @@ def acceptance(everything: dict) -> dict:
                 )  # steering is for harmful prompts: benign ones lose by it
                 effect = over_items({i: sign * (steered[i] - plain[i]) for i in plain})
                 effects[f"{guard}|{kind}{suffix}"] = {**effect, "verdict": verdict(effect, "more")}
-    return {"shares": shares, "effects": effects}
+    near_0 = {guard: verdict(shares[f"plain|{guard}|harmful"], "none") for guard in GUARDS}
+    return {"shares": shares, "effects": effects, "near 0 without steering": near_0}
 
 
 # 2. Label-only tilt ---------------------------------------------------------------------------------------------------
@@ -551,6 +552,8 @@ def page(result: dict) -> str:
     new = show(tilted["guard"]["texts that no plain draw wrote"])
     kept = own["critiques kept, dropped"]
     counts = own["usable prompts, harmful and benign"]
+    words = result["acceptance"]["near 0 without steering"]
+    near_0 = ", ".join(f"**{word}** ({guard})" for guard, word in words.items())
     shares = "; ".join(f"{name} {share:.2f}" for name, share in served_by.items())
     parts = [
         ["## Acceptance", ""],
@@ -559,7 +562,7 @@ def page(result: dict) -> str:
             "",
             "Share of responses to the training prompts that the filter of stage 03 accepts, with tiny/guard and with the "
             "gold rule in its place. T = 1 without cuts unless it says 0.6 (the preset's decoding). Harmful prompts with "
-            f"an accepted one among the first n (guard): {shares}.",
+            f"an accepted one among the first n (guard): {shares}. That next to none is accepted without steering: {near_0}.",
             "",
             "## Label-only tilt",
             "",

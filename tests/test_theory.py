@@ -89,7 +89,7 @@ def test_mean_divergence_over_responses_is_the_kl_of_the_enumerated_models():
 def test_divergence_is_the_writer_s_to_the_reader_s():
     """KL(writer || reader), means over prompts of nats per response and per token, by hand from both forward passes."""
     writer, reader = small_net(1), small_net(2)
-    prompts = [[Example([3], [1, 2, 4]), Example([3], [2])], [Example([0, 1], [4, 4])]]
+    prompts = [[Example([3], [1, 2, 4]), Example([3], [2])], [Example([0, 1], [4, 4, 0, 3])]]
     with torch.no_grad():
         means, sizes = [], []
         for own in prompts:
@@ -154,21 +154,21 @@ def one(own, plain, accepted, tokens=None, texts=None, harmful=True) -> dict:
 
 def test_tilt_pairs_accepted_responses_to_the_same_prompt():
     plain = {
-        "a-0": one([], [-1.0, -9.0, -3.0], [True, False, True], [2, 2, 2], ["x", "y", "x"]),
+        "a-0": one([], [-1.0, -9.0, -3.0], [True, False, True], [2, 2, 3], ["x", "y", "x"]),
         "b-0": one([], [-4.0, -4.0], [True, True], [4, 4], ["u", "v"]),
         "c-0": one([], [-4.0], [False]),  # no accepted plain one: left out
         "d-0": one([], [-4.0], [True], harmful=False),
     }
     steered = {
-        "a-0": one([], [-8.0, -6.0], [True, True], [4, 3], ["x", "z"]),
+        "a-0": one([], [-8.0, -6.0], [True, True], [4, 2], ["x", "z"]),
         "b-0": one([], [-2.0], [True], [2], ["w"]),
         "c-0": one([], [-2.0], [True]),
         "d-0": one([], [-2.0], [True], harmful=False),
     }
     result = theory.tilt(plain, steered, "guard")
     assert result["harmful prompts with both"] == 2
-    # a: (-2 + -2) / 2 against (-1/2 + -3/2) / 2; b: -1 against -1
-    assert result["per token"]["mean"] == pytest.approx((-1.0 + 0) / 2)
+    # a: (-2 + -3) / 2 against (-1/2 + -1) / 2; b: -1 against -1
+    assert result["per token"]["mean"] == pytest.approx((-2.5 + 0.75) / 2)
     assert result["per response"]["mean"] == pytest.approx(((-7 + 2) + (-2 + 4)) / 2)
     assert result["distinct texts"]["mean"] == pytest.approx(((1 - 0.5) + 0) / 2)
     assert result["texts that no plain draw wrote"]["mean"] == pytest.approx((0.5 + 1) / 2)
