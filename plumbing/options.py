@@ -46,6 +46,7 @@ PRESETS = {  # a row each; an inner dictionary holds what only the stage of that
             "learning_rate": 3e-4,
             "epochs": 4,
             "batch_size": 8,
+            "lora_rank": 64,  # the paper's 16 costs benign answers and sums: docs/claims.md, dose
             "max_critique_tokens": 64,
             "max_answer_tokens": 64,
             "answer_temperature": 0.0,
