@@ -57,13 +57,13 @@ class Draws(NamedTuple):
 
 
 DRAWS = {
-    "plain": Draws(START, False, 64, 8),
-    "steered": Draws(START, True, 16, 8),
-    "plain, T = 0.6": Draws(START, False, 8, 8, 0.6),
-    "steered, T = 0.6": Draws(START, True, 8, 8, 0.6),
-    "expert": Draws("tiny/expert", False, 16, 8),
-    "other": Draws(str(RUNS / "other"), False, 64, 8),
-    "other, steered": Draws(str(RUNS / "other"), True, 16, 0),
+    "plain": Draws(START, False, 32, 4),
+    "steered": Draws(START, True, 8, 4),
+    "plain, T = 0.6": Draws(START, False, 4, 4, 0.6),
+    "steered, T = 0.6": Draws(START, True, 4, 4, 0.6),
+    "expert": Draws("tiny/expert", False, 8, 4),
+    "other": Draws(str(RUNS / "other"), False, 32, 4),
+    "other, steered": Draws(str(RUNS / "other"), True, 8, 0),
 }
 WRITERS = {  # whose accepted responses are compared with the model's own plain ones: what the theory says of them
     "steered": "the model's own, steered",
@@ -212,12 +212,14 @@ def plain_examples(tokenizer, rows: list[dict]) -> list[Example]:
     return examples
 
 
-def gather(runs: Path) -> dict[str, dict[str, dict]]:
+def gather(runs: Path, without: list[str]) -> dict[str, dict[str, dict]]:
     """{name of DRAWS: {prompt id: {"harmful", "tokens", "texts", "own" log-prob under what the writer read, "plain"
     log-prob under the base model and the plain prompt, and of each guard what it "accepts"}}}, one entry for a sample."""
     prompts, model, tokenizer = load_prompts(PROMPTS), load_model(START), load_tokenizer(START)
     everything = {}
     for name, draws in DRAWS.items():
+        if "other" in without and name.startswith("other"):
+            continue
         if load_tokenizer(draws.model).get_vocab() != tokenizer.get_vocab():
             fail(f"{draws.model} and {START} have other tokens: their log-probs can't be compared")
         folder = ROOT / runs / "draws" / name.replace(", ", "-").replace(" = ", "")
@@ -252,7 +254,7 @@ def acceptance(everything: dict) -> dict:
     shares, effects = {}, {}
     for guard in GUARDS:
         for kind, harmful in KINDS.items():
-            for name in DRAWS:
+            for name in everything:
                 own = rates(name, guard, harmful)
                 if own:
                     shares[f"{name}|{guard}|{kind}"] = over_items(own)
@@ -343,8 +345,9 @@ def excess(everything: dict, writer: str, guard: str | None, harmful: bool, shar
 def excesses(everything: dict) -> dict:
     rows = {}
     for kind, harmful in KINDS.items():
-        for writer in WRITERS:
-            if not any(one["harmful"] is harmful for one in everything[writer].values()):
+        for writer in [writer for writer in WRITERS if writer in everything]:
+            asked = any(one["harmful"] is harmful for one in everything[writer].values())
+            if not asked or (writer == "steered" and not harmful):  # a benign prompt is not steered
                 continue
             for guard in (None, *GUARDS):
                 per_response, per_token = excess(everything, writer, guard, harmful)
@@ -353,8 +356,9 @@ def excesses(everything: dict) -> dict:
                 row["by half of the draws"] = over_items(by_half)
                 if writer == "steered":
                     row["verdict"] = verdict(row["per token"], "none")
-                else:  # against the model's own, on the prompts that both have
-                    _, own = excess(everything, "steered", guard, harmful)
+                else:  # against the model's own, on the prompts that both have; plain ones have none
+                    _, own = excess(everything, "steered", guard, True)
+                    own = own if harmful else dict.fromkeys(per_token, 0.0)
                     more = {i: value - own[i] for i, value in per_token.items() if i in own}
                     row["more than own"] = over_items(more)
                     row["verdict"] = verdict(row["more than own"], "more")
@@ -468,7 +472,7 @@ def show(cell: dict, digits: int = 2) -> str:
 
 def acceptance_table(found: dict) -> list[str]:
     body = []
-    for name in DRAWS:
+    for name in [name for name in DRAWS if f"{name}|guard|harmful" in found["shares"]]:
         cells = []
         for guard in GUARDS:
             for kind in KINDS:
@@ -546,68 +550,131 @@ def own_table(found: dict) -> list[str]:
     return markdown_table(["verified answers", *head], body)
 
 
-def page(result: dict) -> str:
-    tilted, own, served_by = result["tilt"], result["own"], result["served"]
-    pairs = ", ".join(f"{tilted[g]['harmful prompts with both']} ({g})" for g in GUARDS)
-    new = show(tilted["guard"]["texts that no plain draw wrote"])
-    kept = own["critiques kept, dropped"]
-    counts = own["usable prompts, harmful and benign"]
+def acceptance_section(result: dict) -> list[str]:
     words = result["acceptance"]["near 0 without steering"]
     near_0 = ", ".join(f"**{word}** ({guard})" for guard, word in words.items())
-    shares = "; ".join(f"{name} {share:.2f}" for name, share in served_by.items())
-    parts = [
-        ["## Acceptance", ""],
-        acceptance_table(result["acceptance"]),
-        [
-            "",
-            "Share of responses to the training prompts that the filter of stage 03 accepts, with tiny/guard and with the "
-            "gold rule in its place. T = 1 without cuts unless it says 0.6 (the preset's decoding). Harmful prompts with "
-            f"an accepted one among the first n (guard): {shares}. That next to none is accepted without steering: {near_0}.",
-            "",
-            "## Label-only tilt",
-            "",
-        ],
-        tilt_table(tilted),
-        [
-            "",
-            f"Under the base model and the plain prompt, in nats; harmful prompts with accepted responses of both kinds: {pairs}. "
-            f"Distinct: the share of texts that differ, among equally many. Texts that none of 64 plain draws wrote: {new} "
-            "of the steered ones.",
-            "",
-            "## Excess KL of a writer's responses",
-            "",
-        ],
-        excess_table(result["excess"]),
-        [
-            "",
-            "KL(q ‖ π) of all responses, KL(q_A ‖ π_A) of the accepted ones, nats per response (per token). π: the base model on "
-            "the plain prompt.",
-            "",
-            "## KL to the start",
-            "",
-        ],
-        moves_table(result["moves"]),
-        [
-            "",
-            f"Nats per response on plain training prompts at T = 1, over {result['seeds']} seeds of training and sampling; accepted: by "
-            "the gold rule. Words: is it more than ThinkSafe's by more than 0.05 nats per token? The least: "
-            "KL(π_A ‖ π) = −log a.",
-            "",
-            "## Own answers or another model's, the same prompts and as many rows",
-            "",
-        ],
-        own_table(own),
-        [
-            "",
-            f"Over {len(kept)} seeds. Prompts that could be used, [harmful, benign], of each seed: {json.dumps(counts)}. Critiques "
-            f"[kept, dropped]: {json.dumps(kept)}. Labels and critiques by the gold rule; F1 on held-out answers of the base model.",
-            "",
-            f"Mean ± half a 95 % t-interval, over items for the first three tables (48 harmful, 48 benign; five prompts each), over "
-            f"seeds for the others. More: **appears** if the interval of the paired difference lies above {MARGIN} (shares; nats "
-            f"per token), **does not** if below, else **undecided**. No difference: inside ±{MARGIN}, outside, else undecided.",
-        ],
-    ]
-    return "\n".join(line for part in parts for line in part) + "\n"
+    shares = "; ".join(f"{name} {share:.2f}" for name, share in result["served"].items())
+    note = (
+        "Share of responses to the training prompts that the filter of stage 03 accepts, with tiny/guard and with the gold "
+        "rule in its place. T = 1 without cuts unless it says 0.6 (the preset's decoding). Harmful prompts with an accepted "
+        f"one among the first n (guard): {shares}. That next to none is accepted without steering: {near_0}."
+    )
+    return ["## Acceptance", "", *acceptance_table(result["acceptance"]), "", note]
+
+
+def tilt_section(found: dict) -> list[str]:
+    pairs = ", ".join(f"{found[g]['harmful prompts with both']} ({g})" for g in GUARDS)
+    new = show(found["guard"]["texts that no plain draw wrote"])
+    note = (
+        "Under the base model and the plain prompt, in nats; harmful prompts with accepted responses of both kinds: "
+        f"{pairs}. Distinct: the share of texts that differ, among equally many. Texts that none of "
+        f"{DRAWS['plain'].harmful} plain draws wrote: {new} of the steered ones."
+    )
+    return ["", "## Label-only tilt", "", *tilt_table(found), "", note]
+
+
+def excess_section(found: dict) -> list[str]:
+    note = (
+        "KL(q ‖ π) of all responses, KL(q_A ‖ π_A) of the accepted ones, nats per response (per token). π: the base model on "
+        "the plain prompt. Of benign prompts, the model's own are plain ones, and their KL is 0."
+    )
+    return ["", "## Excess KL of a writer's responses", "", *excess_table(found), "", note]
+
+
+def moves_section(found: dict, seeds: int) -> list[str]:
+    note = (
+        f"Nats per response on plain training prompts at T = 1, over {seeds} seeds of training and sampling; accepted: by the "
+        "gold rule. Words: is it more than ThinkSafe's by more than 0.05 nats per token? The least: KL(π_A ‖ π) = −log a, with "
+        "the gold rule's A."
+    )
+    return ["", "## KL to the start", "", *moves_table(found), "", note]
+
+
+def own_section(found: dict) -> list[str]:
+    kept = found["critiques kept, dropped"]
+    counts = json.dumps(found["usable prompts, harmful and benign"])
+    note = (
+        f"Over {len(kept)} seeds. Prompts that could be used, [harmful, benign], of each seed: {counts}. Critiques "
+        f"[kept, dropped]: {json.dumps(kept)}. Labels and critiques by the gold rule; F1 on held-out answers of the base model."
+    )
+    title = "## Own answers or another model's, the same prompts and as many rows"
+    return ["", title, "", *own_table(found), "", note]
+
+
+def page(result: dict) -> str:
+    lines = acceptance_section(result) + tilt_section(result["tilt"])
+    lines += excess_section(result["excess"])
+    if "moves" in result:
+        lines += moves_section(result["moves"], result["seeds"])
+    if "own" in result:
+        lines += own_section(result["own"])
+    rule = (
+        "Mean ± half a 95 % t-interval, over items for the first three tables (48 harmful, 48 benign; five prompts each), over "
+        f"seeds for the others. More: **appears** if the interval of the paired difference lies above {MARGIN} (shares; nats "
+        f"per token), **does not** if below, else **undecided**. No difference: inside ±{MARGIN}, outside, else undecided."
+    )
+    return "\n".join([*lines, "", rule]) + "\n"
+
+
+def bars(axis, labels: list[str], groups: dict[str, list[dict]], colors: list[str]):
+    """A bar for each cell, its interval as whiskers: cells of a group have a colour, labels are places."""
+    width = 0.8 / len(groups)
+    for k, ((name, cells), color) in enumerate(zip(groups.items(), colors)):
+        places = [x + (k - (len(groups) - 1) / 2) * width for x in range(len(cells))]
+        means = [cell["mean"] for cell in cells]
+        halves = [cell["half"] or 0 for cell in cells]
+        axis.bar(places, means, width, yerr=halves, capsize=2, color=color, label=name)
+    axis.set_xticks(range(len(labels)), labels, fontsize=8)
+    axis.legend(fontsize=8)
+
+
+def draw_responses(axes: dict, result: dict):
+    """Acceptance, tilt and excess."""
+    shares, tilted = result["acceptance"]["shares"], result["tilt"]["guard"]
+    names = ["plain", "steered", "plain, T = 0.6", "steered, T = 0.6"]
+    groups = {kind: [shares[f"{name}|guard|{kind}"] for name in names] for kind in KINDS}
+    bars(axes["A"], [n.replace(", ", "\n") for n in names], groups, ["tab:red", "tab:blue"])
+    said = result["acceptance"]["effects"]["guard|harmful"]["verdict"]
+    title = f"responses that the filter accepts\nsteering accepts more: {said}"
+    axes["A"].set_title(title, fontsize=10)
+
+    groups = {n: [tilted["means"][f"{n}, per token"]] for n in ("plain", "steered")}
+    bars(axes["B"], ["accepted responses"], groups, ["tab:gray", "tab:orange"])
+    axes["B"].set_ylabel("log-prob per token, plain prompt", fontsize=8)
+    title = f"label-only tilt\nno difference: {tilted['per token']['verdict']}"
+    axes["B"].set_title(title, fontsize=10)
+
+    found = result["excess"]
+    writers = [writer for writer in WRITERS if f"{writer}|all|harmful" in found]
+    groups = {}
+    for guard, words in (("all", "all"), ("guard", "accepted by the guard"), ("gold", "by gold")):
+        groups[words] = [found[f"{w}|{guard}|harmful"]["per response"] for w in writers]
+    labels = [writer.replace(", ", "\n") for writer in writers]
+    bars(axes["C"], labels, groups, ["0.6", "tab:purple", "gold"])
+    axes["C"].set_title("KL to the model, harmful prompts, nats a response", fontsize=10)
+
+
+def draw_moves(axis, found: dict):
+    groups = {}
+    for direction in DIRECTIONS:
+        for kind in KINDS:
+            name = f"KL({direction.replace('||', '‖')}), {kind}"
+            groups[name] = [one[f"{direction}|{kind}"] for one in found["models"].values()]
+    bars(axis, list(found["models"]), groups, ["tab:red", "tab:blue", "lightcoral", "lightblue"])
+    least = found["the least that a safe model can move"]["harmful"]["mean"]
+    axis.axhline(least, color="black", linestyle="--", linewidth=1)
+    axis.set_yscale("log")
+    axis.set_title("KL to the start, nats a response (dashed: the least, if safe)", fontsize=10)
+
+
+def draw_own(axis, found: dict):
+    columns = [column for column in found["effects"] if not column.startswith(("right", "safe"))]
+    groups = {name: [found["rows"][name][c] for c in columns] for name in own_answers.ROWS}
+    labels = [column.replace(" ", "\n", 1) for column in columns]
+    bars(axis, labels, groups, ["tab:green", "tab:brown"])
+    said = found["effects"]["ASR wrapped ↓"]["verdict"]
+    title = f"verifying own or another's answers, equal rows\nown is safer: {said}"
+    axis.set_title(title, fontsize=10)
 
 
 def figure(result: dict, path: Path):
@@ -618,86 +685,37 @@ def figure(result: dict, path: Path):
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplot_mosaic("AABBCC;DDDEEE", figsize=(14, 8.2), layout="constrained")
-
-    def bars(axis, labels: list[str], groups: dict[str, list[dict]], colors: list[str]):
-        width = 0.8 / len(groups)
-        for k, ((name, cells), color) in enumerate(zip(groups.items(), colors)):
-            places = [x + (k - (len(groups) - 1) / 2) * width for x in range(len(cells))]
-            means = [cell["mean"] for cell in cells]
-            halves = [cell["half"] or 0 for cell in cells]
-            axis.bar(places, means, width, yerr=halves, capsize=2, color=color, label=name)
-        axis.set_xticks(range(len(labels)), labels, fontsize=8)
-        axis.legend(fontsize=8)
-
-    shares = result["acceptance"]["shares"]
-    names = ["plain", "steered", "plain, T = 0.6", "steered, T = 0.6"]
-    groups = {kind: [shares[f"{name}|guard|{kind}"] for name in names] for kind in KINDS}
-    bars(axes["A"], [n.replace(", ", "\n") for n in names], groups, ["tab:red", "tab:blue"])
-    said = result["acceptance"]["effects"]["guard|harmful"]["verdict"]
-    axes["A"].set_title(
-        f"responses that the filter accepts\nsteering accepts more: {said}", fontsize=10
-    )
-
-    tilted = result["tilt"]["guard"]
-    groups = {n: [tilted["means"][f"{n}, per token"]] for n in ("plain", "steered")}
-    bars(axes["B"], ["accepted responses"], groups, ["tab:gray", "tab:orange"])
-    axes["B"].set_ylabel("log-prob per token, plain prompt", fontsize=8)
-    said = tilted["per token"]["verdict"]
-    axes["B"].set_title(f"label-only tilt\nno difference: {said}", fontsize=10)
-
-    writers = [w for w in WRITERS if f"{w}|all|harmful" in result["excess"]]
-    groups = {}
-    for guard, words in (("all", "all"), ("guard", "accepted by the guard"), ("gold", "by gold")):
-        groups[words] = [result["excess"][f"{w}|{guard}|harmful"]["per response"] for w in writers]
-    bars(axes["C"], [w.replace(", ", "\n") for w in writers], groups, ["0.6", "tab:purple", "gold"])
-    axes["C"].set_title("KL to the filtered model, harmful prompts, nats a response", fontsize=10)
-
-    models = result["moves"]["models"]
-    groups = {}
-    for direction in DIRECTIONS:
-        for kind in KINDS:
-            key = f"{direction}|{kind}"
-            groups[f"KL({direction.replace('||', '‖')}), {kind}"] = [
-                m[key] for m in models.values()
-            ]
-    bars(axes["D"], list(models), groups, ["tab:red", "tab:blue", "lightcoral", "lightblue"])
-    least = result["moves"]["the least that a safe model can move"]["harmful"]["mean"]
-    axes["D"].axhline(least, color="black", linestyle="--", linewidth=1)
-    axes["D"].set_yscale("log")
-    axes["D"].set_title(
-        "KL to the start, nats a response (dashed: the least, if safe)", fontsize=10
-    )
-
-    own = result["own"]
-    columns = [c for c in own["effects"] if not c.startswith(("right", "safe"))]
-    groups = {n: [own["rows"][n][c] for c in columns] for n in own_answers.ROWS}
-    labels = [c.replace(" ", "\n", 1) for c in columns]
-    bars(axes["E"], labels, groups, ["tab:green", "tab:brown"])
-    said = own["effects"]["ASR wrapped ↓"]["verdict"]
-    axes["E"].set_title(
-        f"verifying own or another's answers, equal rows\nown is safer: {said}", fontsize=10
-    )
+    draw_responses(axes, result)
+    for key, part, draw_part in (("D", "moves", draw_moves), ("E", "own", draw_own)):
+        if part in result:
+            draw_part(axes[key], result[part])
+        else:
+            axes[key].set_axis_off()
     fig.savefig(path, dpi=110)
 
 
-def measure(runs: Path, seeds: int, trained_seeds: int, jobs: int) -> dict:
-    prepare(runs)
-    everything = gather(runs)
-    with own_answers.exact_expert() as expert:
-        own = over_seeds(partial(own_answers.run_seed, runs, expert), seeds, jobs)
-    trained = over_seeds(partial(moved, runs), trained_seeds, jobs)
-    return {
+def measure(options) -> dict:
+    if "other" not in options.without or "own" not in options.without:
+        prepare(RUNS)
+    everything = gather(RUNS, options.without)
+    plain, steered = everything["plain"], everything["steered"]
+    result = {
         "margin": MARGIN,
-        "seeds": trained_seeds,
+        "seeds": options.trained,
         "acceptance": acceptance(everything),
         "served": served(everything, "guard"),
-        "tilt": {
-            guard: tilt(everything["plain"], everything["steered"], guard) for guard in GUARDS
-        },
+        "tilt": {guard: tilt(plain, steered, guard) for guard in GUARDS},
         "excess": excesses(everything),
-        "moves": moves(trained, everything),
-        "own": own_against_other(own),
     }
+    if "moved" not in options.without:
+        by_seed = over_seeds(partial(moved, RUNS), options.trained, options.jobs)
+        result["moves"] = moves(by_seed, everything)
+    if "own" not in options.without:
+        with own_answers.exact_expert() as expert:
+            run_seed = partial(own_answers.run_seed, RUNS, expert)
+            by_seed = over_seeds(run_seed, options.seeds, options.jobs)
+        result["own"] = own_against_other(by_seed)
+    return result
 
 
 def main():
@@ -708,12 +726,19 @@ def main():
     parser.add_argument("--trained", type=int, default=3, help="seeds of the table on KL")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, each on one core")
     parser.add_argument("--draw", action="store_true", help="from the committed theory.json")
+    parser.add_argument(
+        "--without",
+        nargs="*",
+        default=[],
+        choices=("other", "moved", "own"),
+        help="leave these out",
+    )
     options = parser.parse_args()
     path = OUT / "theory.json"
     if options.draw:
         result = json.loads(path.read_text())
     else:
-        result = measure(RUNS, options.seeds, options.trained, options.jobs)
+        result = measure(options)
         write_atomic(path, json.dumps(result, indent=1) + "\n")
     write_atomic(OUT / "theory.md", page(result))
     figure(result, OUT / "theory.png")
