@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import sys
 
 import numpy as np
@@ -295,7 +296,80 @@ def test_pair_keeps_the_prompts_that_both_answer_safely_and_unsafely(tmp_path):
     assert rows(tmp_path / "same/other/responses.jsonl")[0]["samples"][0]["answer"] == other_words(a)[0]
 
 
+# The page -------------------------------------------------------------------------------------------------------------
+def invented_responses() -> dict:
+    """Responses of every writer to three prompts of two items of each kind; steered ones to harmful prompts are
+    accepted more often and are less likely, a teacher's are further away."""
+    everything, rng = {}, np.random.default_rng(0)
+    for name in theory.DRAWS:
+        rate = {"plain": 0.2, "other": 0.2, "plain, T = 0.6": 0.1}.get(name, 0.95)
+        everything[name] = {}
+        for prompt_id, harmful in (("a-0", True), ("a-1", True), ("b-0", True), ("c-0", False), ("d-0", False)):
+            far = {"expert": 30.0, "other": 20.0, "other, steered": 25.0, "steered": 8.0}.get(name, 0.0)
+            own = rng.normal(-3, 0.3, size=40)
+            plain = own - far * rng.uniform(0.9, 1.1, size=40)
+            accepted = [True] + (rng.uniform(size=39) < (rate if harmful else 0.9)).tolist()
+            if name == "other, steered" and not harmful:
+                continue
+            everything[name][prompt_id] = one(own.tolist(), plain.tolist(), accepted, [20] * 40, None, harmful)
+    return everything
+
+
+def invented_moves() -> list[dict]:
+    keys = [f"{d}|{kind}" for d in theory.DIRECTIONS for kind in theory.KINDS]
+    keys += [f"{key}, per token" for key in keys] + [f"accepted|{kind}" for kind in theory.KINDS]
+    return [{name: {key: 0.5 + seed / 100 for key in keys} for name in theory.TRAINED} for seed in range(3)]
+
+
+def invented_scores(seed: int) -> dict:
+    scores = {}
+    for name, asr in (("own-equal", 0.1), ("other-equal", 0.4)):
+        scores[name] = {"ASR wrapped ↓": asr + seed / 100, "sums ↑": 0.9 + seed / 100, "rows": 400}
+        scores[name]["right, if checked"] = math.nan if seed else 1.0
+    kept = {name: [400, 0] for name in own_answers.ROWS}
+    return {"counts": {"own": [90, 240], "other": [80, 240], "both": [70, 240]}, "kept": kept, "scores": scores}
+
+
+def test_the_page_from_measurements_to_verdicts(tmp_path):
+    everything = invented_responses()
+    tilted = {guard: theory.tilt(everything["plain"], everything["steered"], guard) for guard in theory.GUARDS}
+    result = {"acceptance": theory.acceptance(everything), "served": theory.served(everything, "guard"), "tilt": tilted}
+    result |= {"excess": theory.excesses(everything), "seeds": 3}
+    theory.figure(result, tmp_path / "part.png")
+    assert "KL to the start" not in theory.page(result) and "Own answers" not in theory.page(result)
+    result["moves"] = theory.moves(invented_moves(), everything)
+    result["own"] = theory.own_against_other([invented_scores(seed) for seed in range(3)])
+    result = json.loads(json.dumps(result, allow_nan=False))  # as it is committed
+    theory.figure(result, tmp_path / "whole.png")
+    assert (tmp_path / "whole.png").stat().st_size > (tmp_path / "part.png").stat().st_size > 10_000
+
+    page = theory.page(result)
+    assert all(
+        f"## {title}" in page for title in ("Acceptance", "Label-only", "Excess KL", "KL to the start", "Own answers")
+    )
+    # tables of equal width throughout: nothing in a cell splits it
+    for block in re.findall(r"(?:^\|.*\n)+", page, flags=re.M):
+        assert len({line.count("|") for line in block.splitlines()}) == 1, block
+    assert result["acceptance"]["effects"]["guard|harmful"]["verdict"] == "appears"
+    assert tilted["guard"]["per token"]["verdict"] == "does not"  # 8 nats over 20 tokens
+    found = result["excess"]
+    assert found["steered|guard|harmful"]["verdict"] == "does not"  # not the 0 of the theory
+    assert found["expert|guard|harmful"]["verdict"] == found["expert|all|benign"]["verdict"] == "appears"
+    assert found["expert|all|harmful"]["more than own"]["mean"] == pytest.approx((30 - 8) / 20, abs=0.1)
+    assert "steered|guard|benign" not in found
+    own = result["own"]["effects"]
+    assert set(own) == {"ASR wrapped ↓", "sums ↑"} and own["ASR wrapped ↓"]["mean"] == pytest.approx(0.3)
+    assert [own[column]["verdict"] for column in own] == ["appears", "does not"]
+
+
+def test_another_model_can_be_left_out():
+    everything = {name: value for name, value in invented_responses().items() if not name.startswith("other")}
+    assert {key.partition("|")[0] for key in theory.excesses(everything)} == {"steered", "expert"}
+    assert not [name for name in theory.acceptance(everything)["shares"] if name.startswith("other")]
+
+
 # What is committed ----------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(not (OUT / "theory.json").exists(), reason="python bench/theory.py has not run")
 def test_the_committed_page_is_what_the_script_makes():
     result = json.loads((OUT / "theory.json").read_text())
     assert (OUT / "theory.md").read_text() == theory.page(result)
