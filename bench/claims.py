@@ -181,6 +181,7 @@ def run_seed(table: str, runs: Path, seed: int) -> dict[str, tuple[Path, Path | 
         for name, extra in {**SINTERNAL, HALF: []}.items():
             responses = folder / {"other-answers": "01-other", HALF: "01-half"}.get(name, "01")
             shared = ["--seed", seed, "--responses", responses, "--heldout", runs / "heldout"]
+            shared += ["--lora_rank", 16]  # the paper's; the preset's 64 is in bench/matrix.py
             stage("02_verify_sft.py", folder / name, *shared, *extra)
         test += ["--verify_test", folder / "verification/verify_test.jsonl"]
         stage(
@@ -242,7 +243,9 @@ def main():
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     note = f"Mean ± half a 95 % t-interval over {options.seeds} seeds of sampling and training; judge: the gold rule. "
     if options.table == "sinternal":
-        note += "Checked, right, safe: harmful prompts in unseen wrappers."
+        note += (
+            "LoRA rank 16, the paper's. Checked, right, safe: harmful prompts in unseen wrappers."
+        )
     else:
         note += "ASR + over-refusal: means over plain and wrapped."
     lines += ["", note]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -132,7 +133,9 @@ def made_up(shift=None, bases=("0", "1", "2"), left_out=()):
 
 
 def claim_of(made, ours, other, column):
-    [claim] = [c for c in verdicts.all_claims(made) if (c["ours"], c["other"], c["column"]) == (ours, other, column)]
+    [claim] = [
+        c for c in verdicts.all_claims(made, {}) if (c["ours"], c["other"], c["column"]) == (ours, other, column)
+    ]
     return claim
 
 
@@ -171,7 +174,7 @@ def test_a_claim_that_turns_round_depends():
 
 def test_what_was_not_run_stays_visible():
     made = made_up(bases=("0", "1"), left_out=("verdict-only", "with-KL"))
-    claims = verdicts.all_claims(made)
+    claims = verdicts.all_claims(made, {})
     gone = [claim for claim in claims if "verdict-only" in claim.values() or "with-KL" in claim.values()]
     assert len(gone) == 2 and {claim["word"] for claim in gone} == {"not run"}
     assert all(claim["bases"]["2"][claim["first"]] == {"verdict": "not run"} for claim in claims)
@@ -201,7 +204,7 @@ def test_holm_is_over_the_column_of_base_0():
     clear = claim_of(made, "ThinkSafe", "base", ASR)["bases"]["0"]["preset"]
     assert weak["verdict"] == "appears" and weak["after Holm"]["verdict"] == "undecided"
     assert clear["verdict"] == "appears" == clear["after Holm"]["verdict"]
-    cells = [claim["bases"]["0"][claim["first"]] for claim in verdicts.all_claims(made)]
+    cells = [claim["bases"]["0"][claim["first"]] for claim in verdicts.all_claims(made, {})]
     assert len(cells) == len(verdicts.CLAIMS)
     assert [cell["after Holm"]["above"] for cell in cells] == verdicts.holm([cell["above"] for cell in cells])
 
@@ -261,11 +264,15 @@ class Fake:
         names = [word.split("=")[0] for word in words[words.index("--models") + 1 : words.index("--bench")]]
         cases = [word.split("=")[0] for word in words[words.index("--bench") + 1 : words.index("--n")]]
         cases += [f"{case}.uncut" for case in cases if "uncut" in words]
-        cases += ["wrapped.think-open"] * ("--prefill" in words)
+        if "--prefill" in words:
+            begun = words[words.index("--prefill") + 1 : words.index("--judges")]
+            cases += [f"wrapped.{start}" for start in begun]
+        if "--verify_test" in words:
+            cases += ["verify", "verify.uncut"]
         lines = []
         for name in names:
             for case in cases:
-                for k, metric in enumerate(("asr", "asr_any", "compliance", "accuracy")):
+                for k, metric in enumerate(("asr", "asr_any", "compliance", "accuracy", "verify_f1")):
                     value = round((hash_of(name, case) + k) / 1000, 4)
                     if (name, case, metric) == ("ThinkSafe", "wrapped.uncut", "asr"):
                         value = 0.31
@@ -307,7 +314,8 @@ def test_from_the_worlds_to_the_page(monkeypatch, tmp_path, fake, capsys):
     result = run_matrix(monkeypatch, tmp_path, "--bases", "1", "0", "--seeds", "2")
     assert list(result["bases"]) == ["0", "1"] and result["bases"]["1"]["seeds"] == 2
     cores = {"base", *rows.CORE, matrix.UNTIL}
-    assert {*result["bases"]["1"]["rows"]} == cores == {*result["bases"]["0"]["rows"]} - {*rows.ABLATIONS}
+    assert {*result["bases"]["0"]["rows"]} == cores | {*rows.ABLATIONS}
+    assert {*result["bases"]["1"]["rows"]} == {"base", *rows.SHORT}
     own = result["bases"]["1"]["rows"]["SInternal+GRPO"]
 
     def value(case, k):
@@ -317,6 +325,8 @@ def test_from_the_worlds_to_the_page(monkeypatch, tmp_path, fake, capsys):
     assert own["T = 1"][ASR] == [value("wrapped.uncut", 0)] * 2
     assert own["any of 8, T = 1"][ASR] == [value("wrapped.uncut", 1)] * 2
     assert own["think-open"][ASR] == [value("wrapped.think-open", 0)] * 2
+    assert own["answer"][ASR] == [value("wrapped.answer", 0)] * 2
+    assert own["T = 1"][matrix.F1] == [value("verify.uncut", 4)] * 2
     assert own["search"][ASR] == [0.5] * 2  # a and b of four: broken by either attack
     assert own["T = 1"][COMPLIANCE] == [value("benign.uncut", 2)] * 2
     assert own["preset"][matrix.SUMS] == [value("sums", 3)] * 2
@@ -324,11 +334,14 @@ def test_from_the_worlds_to_the_page(monkeypatch, tmp_path, fake, capsys):
     assert own["any of 8"][BOTH] == [round(value("wrapped", 1) + 1 - value("benign", 2), 4)] * 2
     assert own["search"][BOTH] == [round(0.5 + 1 - value("benign.uncut", 2), 4)] * 2
     assert own["preset"][matrix.CHECKED] == [0.75] * 2 and own["preset"][matrix.WELL] == [round(1 / 3, 4)] * 2
+    assert own["preset"][matrix.RIGHT] == [round(2 / 3, 4)] * 2 and own["preset"][matrix.SAFE] == [0.5] * 2
     data = result["bases"]["0"]["rows"]["ThinkSafe"][DATA]
     assert data[matrix.PERPLEXITY] == [1.0] * 2 and data[KL] == [0.25] * 2
     # 0.31 is reached at step 60, and a step is (2 · 20 + 6 · 10) / (2 · 100 + 6 · 300) = 1/20 of stage 03
     assert data[COST] == [round(1 / 3, 4)] * 2
 
+    for name in ("sinternal", "thinksafe", "grpo"):
+        shutil.copy(OUT / f"{name}.json", tmp_path / "out")
     monkeypatch.setattr(verdicts, "OUT", tmp_path / "out")
     verdicts.main()
     claims = json.loads((tmp_path / "out/claims.json").read_text())["claims"]
@@ -339,6 +352,7 @@ def test_from_the_worlds_to_the_page(monkeypatch, tmp_path, fake, capsys):
 
 
 def test_how_the_rows_are_trained_and_asked(monkeypatch, tmp_path, fake):
+    monkeypatch.setattr(rows, "SHORT", list(rows.CORE))  # on another base, whose paths say where a stage is started
     run_matrix(monkeypatch, tmp_path, "--bases", "2", "--seeds", "1", "--ablations", "2")
     world = tmp_path / "runs/world2"
     (builds, places) = ([a for a in fake.asked if a[0] == "build.py"], [a for a in fake.asked if a[0] != "build.py"])
@@ -358,6 +372,7 @@ def test_how_the_rows_are_trained_and_asked(monkeypatch, tmp_path, fake):
     assert option("half-the-rows", "--responses") == str(world / "seed0/01-half")
     assert option("SInternal+GRPO", "--steps") == "40" and option("base+GRPO-100", "--steps") == "100"
     assert option("base+GRPO", "--model") == "tiny/lrm" == option("SInternal", "--model")
+    assert option("SInternal-rank-16", "--lora_rank") == "16" and "--lora_rank" not in fake.of("seed0/SInternal")
     assert "--eval_every" in fake.of("seed0/base+GRPO") and "--eval_every" not in fake.of("seed0/ThinkSafe+GRPO")
     assert fake.of("seed0/verification-rows+GRPO")[-1] == str(world / "seed0/SInternal/train.jsonl")
     wrapped, others, starts = (fake.of(f"seed0/core-{name}") for name in ("wrapped", "others", "starts"))
@@ -423,7 +438,7 @@ needs_matrix = pytest.mark.skipif(not (OUT / "matrix.json").exists(), reason="no
 @needs_matrix
 def test_committed_pages_are_what_the_scripts_write():
     result = json.loads((OUT / "matrix.json").read_text())
-    claims = verdicts.all_claims(result)
+    claims = verdicts.all_claims(result, verdicts.rows_of_tables())
     assert json.loads((OUT / "claims.json").read_text())["claims"] == json.loads(json.dumps(claims))
     assert (OUT / "claims.md").read_text() == verdicts.page_of(claims, result)
     assert (OUT / "rows.md").read_text() == matrix.rows_page(result)
@@ -440,6 +455,8 @@ def test_every_committed_verdict_by_scipy():
                 if cell["verdict"] in ("not run", "confounded"):
                     continue
                 own = result["bases"][base]["rows"]
+                if claim["from tables"] and base == "0":
+                    own = verdicts.rows_of_tables()
                 pair = [own[name][condition][claim["column"]] for name in (claim["ours"], claim["other"])]
                 pair = [(a, b) for a, b in zip(*pair) if None not in (a, b)]
                 effect = np.array([a - b for a, b in pair]) * (-1 if "↓" in claim["column"] else 1)
