@@ -5,13 +5,14 @@
 
 Rollouts are the model's own on the plain prompt, as in GRPO. No reward: the teacher is the model
 that training started from, and reads the prompt in one of stage 03's steering texts; every token is
-taught by its whole distribution. The text is that of the highest flip rate (forks/flip_rates.py;
-all rates stand in <run>/flip_rates.json). The guard's reward is only looked at.
+taught by its whole distribution. `opsa` takes the text of the highest flip rate, as the paper says
+(forks/flip_rates.py; all rates stand in <run>/flip_rates.json), `opsa-prefix` ThinkSafe's text. The
+guard's reward is only looked at.
 
 Ours: the direction of the KL; benign prompts and sums are not steered, so that the teacher says
 there: stay. Replaced in the stage: the reference model, which is the teacher, and the update.
 
-    python forks/opsa.py        # 60 steps of 16 x 4, about two minutes on two cores
+    python forks/opsa.py        # 60 steps of 16 x 4 each, about four minutes on two cores
 """
 
 import json
@@ -29,6 +30,7 @@ import plumbing
 from common import Example, messages_of, micro_batches, pad_batch, render_chat
 
 steering = table.stage("03_steer_selfgen")
+TEXT = ""  # name of the steering text; empty = the one of the highest flip rate
 
 
 class Teacher(NamedTuple):
@@ -40,11 +42,11 @@ def steered_teacher(trainer, options) -> Teacher:
     sampler = engines.open_sampler(options.model, options)
     rates = flip_rates.flip_rates(sampler, options)
     plumbing.write_atomic(Path(options.run) / "flip_rates.json", json.dumps(rates))
-    best = max(rates, key=rates.get)
-    print(f"flip rates: {rates}; the teacher reads {best}")
+    text = TEXT or max(rates, key=rates.get)
+    print(f"flip rates: {rates}; the teacher reads {text}")
 
     def prompt_of(rollout) -> list[int]:
-        [row] = steering.steered([rollout.row], best)
+        [row] = steering.steered([rollout.row], text)
         chat, template = messages_of(row["prompt"]), {"enable_thinking": options.enable_thinking}
         return render_chat(sampler.tokenizer, chat, **template)[0]
 
@@ -80,4 +82,7 @@ if __name__ == "__main__":
     grpo = table.stage("04_grpo")
     grpo.reference_scorer = steered_teacher  # called because beta is not 0
     grpo.update = update
-    table.run("opsa", grpo, "--beta", 1, "--steps", 60, "--group_size", 4)
+    same = ["--beta", 1, "--steps", 60, "--group_size", 4]
+    table.run("opsa", grpo, *same)
+    TEXT = "prefix"
+    table.run("opsa-prefix", grpo, *same)
