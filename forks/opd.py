@@ -3,7 +3,7 @@
 The baseline of ThinkSafe's newest version (there Qwen3-8B teaches Qwen3). As forks/opsa.py, but
 the teacher is tiny/expert and reads the prompt as it is. It has learnt to refuse and to verify, and
 never a sum, so it may only teach where it knows something: `opd` has the harmful and benign prompts
-alone, and nothing holds the sums. `opd-with-sums` has them all, and imitates ignorance too.
+alone, and nothing holds the sums. `opd-with-sums` lets it teach those too.
 
     python forks/opd.py         # about four minutes on two cores
 """

@@ -105,7 +105,7 @@ def test_gspo_is_trls_with_ratios_of_sequences(fork, model, record, trainer_of, 
         return trainer_of(*args, **options, importance_sampling_level="sequence")
 
     monkeypatch.setattr(trl_tests.grpo, "surrogate", ours)
-    mine, other = trl_tests.both(model, record, theirs, trl_tests.REWARDS, "grpo", 0.0, 0.05, 0.05)
+    mine, other = trl_tests.both(model, record, theirs, trl_tests.REWARDS, "grpo", 0.0, 0.01, 0.01)
     assert mine[0] == pytest.approx(other[0], rel=0, abs=1e-5)
     assert (mine[3] - other[3]).abs().max() < 1e-5 < 1e-3 < mine[3].abs().max()
     assert 0 < mine[1] < 1
@@ -334,3 +334,17 @@ def test_forks_are_short():
     for name in FORKS[:-1]:
         code = (ROOT / f"forks/{name}.py").read_text().split('"""\n', 1)[1]
         assert len([line for line in code.splitlines() if line.strip()]) <= 60, name
+
+
+def test_the_forks_readme_quotes_the_table():
+    text, rows = (ROOT / "forks/README.md").read_text(), json.loads((ROOT / "results/forks.json").read_text())
+
+    def value(name, heading):
+        return f"{rows[name]['0'][heading]:.2f}"
+
+    F1, ASR = "verify F1 ↑", "ASR wrapped ↓"
+    verified = [value(name, F1) for name in ("SInternal", "self-guard", "SInternal+GRPO")]
+    assert "F1 {} before, {} after".format(*verified[:2]) in text and f"ends at {verified[2]}." in text
+    assert f"ends at {value('opsa', ASR)} with it and at {value('opsa-prefix', ASR)} with `prefix`" in text
+    assert f"ASR falls to {value('opd', ASR)}, and compliance on plain prompts to {value('opd', 'compliance plain ↑')}" in text
+    assert value("checks-rewarded", ASR) < value("GRPO", ASR)
