@@ -346,5 +346,8 @@ def test_the_forks_readme_quotes_the_table():
     verified = [value(name, F1) for name in ("SInternal", "self-guard", "SInternal+GRPO")]
     assert "F1 {} before, {} after".format(*verified[:2]) in text and f"ends at {verified[2]}." in text
     assert f"ends at {value('opsa', ASR)} with it and at {value('opsa-prefix', ASR)} with `prefix`" in text
-    assert f"ASR falls to {value('opd', ASR)}, and compliance on plain prompts to {value('opd', 'compliance plain ↑')}" in text
+    assert (
+        f"ASR falls to {value('opd', ASR)}, and compliance on plain prompts to {value('opd', 'compliance plain ↑')}"
+        in text
+    )
     assert value("checks-rewarded", ASR) < value("GRPO", ASR)
