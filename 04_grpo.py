@@ -205,9 +205,7 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     return (rewards - mean) / (variance.sqrt() + 1e-4)
 
 
-def token_weights(
-    lengths: torch.Tensor, kept: torch.Tensor, loss: str, max_new_tokens: int
-) -> torch.Tensor:
+def token_weights(lengths: torch.Tensor, kept: torch.Tensor, loss: str, max_new_tokens: int):
     """(R,) what one token of each of the step's R responses weighs in the loss; 0 where `kept` (R,)
     is false.
 
@@ -219,7 +217,9 @@ def token_weights(
         return kept / lengths / len(lengths)
     if loss == "dapo":
         return kept / (lengths * kept).sum()
-    return kept / (max_new_tokens * len(lengths))
+    if loss == "dr_grpo":
+        return kept / (max_new_tokens * len(lengths))
+    fail(f"--loss {loss}: no such mean over tokens; grpo, dapo or dr_grpo")
 
 
 def score(rollouts: list[Rollout], step: int, options: Options):
@@ -238,35 +238,37 @@ def score(rollouts: list[Rollout], step: int, options: Options):
         fail(f"step {step}: every response is cut or has an unparsed verdict; its state is kept")
 
 
-def grpo_loss(log_probs, old, reference, advantages, weights, clip_low, clip_high, beta, kl):
-    """The loss of N tokens, a pure function: every argument (N,), `reference` None when beta = 0.
-
-    Returns (loss, clipped share by weight, KL by weight). With one update per batch the ratio is 1
-    and the loss is minus the weighted mean advantage: about 0, because a group's advantages add up
-    to 0. Its gradient is not 0."""
+# FORK HERE: another surrogate, as in forks/gspo.py and forks/cispo.py
+def surrogate(log_probs, old, advantages, lengths, clip_low, clip_high):
+    """(loss, is it clipped) of N tokens: every argument (N,), but `lengths`, how many of them each
+    response has, one response after another."""
     ratio = (log_probs - old).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -torch.min(ratio * advantages, clipped * advantages)
-    share = (clipped * advantages < ratio * advantages).float()
+    return loss, clipped * advantages < ratio * advantages
+
+
+def grpo_loss(log_probs, old, reference, advantages, weights, low, high, beta, kl, lengths=()):
+    """(loss, clipped share by weight, KL by weight) of N tokens, a pure function of arguments as
+    surrogate's; `reference` is None when beta = 0. With one update per batch the ratio is 1 and the
+    loss minus the weighted mean advantage, about 0. Its gradient is not 0."""
+    loss, share = surrogate(log_probs, old, advantages, lengths, low, high)
     divergence = torch.zeros_like(loss)
     if reference is not None:
         gap = reference - log_probs
         divergence = {"k1": -gap, "k2": gap.square() / 2, "k3": gap.exp() - gap - 1}[kl]
         loss = loss + beta * divergence
-    divergence = divergence.detach()
-    return (weights * loss).sum(), (weights * share).sum(), (weights * divergence).sum()
+    return (weights * loss).sum(), (weights * share).sum(), (weights * divergence.detach()).sum()
 
 
-def update(
-    rollouts: list[Rollout], trainer: Trainer, reference, step: int, options: Options
-) -> dict[str, float]:
+def update(rollouts: list[Rollout], trainer: Trainer, reference, step: int, options: Options):
     """mu optimizer updates on the same rollouts; their metrics. `reference` gives log-probs by the
     model that training started from, None when beta = 0."""
     active = [r for r in rollouts if r.weight and (r.advantage or options.beta)]  # have a gradient
     examples = [Example(r.prompt, r.reply.sample.ids) for r in active]
     accelerator, model, scorer, _ = trainer
     device = accelerator.device
-    clip, penalty = (options.clip_low, options.clip_high), (options.beta, options.kl)
+    fixed = (options.clip_low, options.clip_high, options.beta, options.kl)
     old, totals = {}, Counter()
     model.train()
     for number in range(options.updates_per_batch):
@@ -278,18 +280,16 @@ def update(
             ids, mask = pad_batch([examples[i] for i in indices], device)  # (B, T) twice
             log_probs, entropy, _ = scorer(ids, mask, options.temperature)  # (N,) each
             old.setdefault(b, log_probs.detach())  # pi_old: these weights, before the first update
-            reference_log_probs = None
-            if reference:
-                reference_log_probs = reference(ids, mask, options.temperature)  # (N,)
+            reference_log_probs = reference(ids, mask, options.temperature) if reference else None
             advantages = [r.advantage for r in part for _ in r.reply.sample.ids]
             weights = [r.weight * weight for r in part for _ in r.reply.sample.ids]
             sampled = [log_prob for r in part for log_prob in r.reply.sample.log_probs]
             advantages, weights, sampled = torch.tensor([advantages, weights, sampled]).to(device)
             if options.importance_cap:
                 weights = weights * (old[b] - sampled).exp().clamp(max=options.importance_cap)
-            loss, clipped, kl = grpo_loss(
-                log_probs, old[b], reference_log_probs, advantages, weights, *clip, *penalty
-            )
+            lengths = [len(r.reply.sample.ids) for r in part]
+            terms = (log_probs, old[b], reference_log_probs, advantages, weights)  # (N,) each
+            loss, clipped, kl = grpo_loss(*terms, *fixed, lengths)
             trainer.backward(loss)
             sums["loss"] += loss.detach()
             sums["clipped"] += clipped
