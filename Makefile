@@ -49,8 +49,8 @@ $(RUNS)/05_eval/summary.txt: 05_eval.py $(TRAINED:%=$(RUNS)/%/summary.txt)
 		SInternal+GRPO=$(RUNS)/04_grpo_sinternal/checkpoint \
 		ThinkSafe+GRPO=$(RUNS)/04_grpo_thinksafe/checkpoint)
 
-test: $(VENV)/ready
-	$(PY) -m pytest
+test: $(VENV)/ready  ## as many tests at once as there are cores, four at most; PYTEST="-m 'not slow'" for a first look
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST)
 
 .venv-vllm/ready: requirements-cpu.txt
 	python3 -m venv .venv-vllm
