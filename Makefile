@@ -2,7 +2,6 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 RUNS ?= runs/demo
-GRPO := $(PY) 04_grpo.py --run $(RUNS)/04_grpo
 
 .PHONY: demo test test-vllm torture bench cost attack lint claims claims-tables claims-base claims-others results demo-smollm2 clean
 
@@ -11,25 +10,47 @@ $(VENV)/ready: requirements-cpu.txt
 	$(PY) -m pip install -q -r requirements-cpu.txt
 	touch $@
 
-demo: $(VENV)/ready  ## all five stages on the miniature world, about four minutes on two idle cores
-	$(PY) 01_generate.py --run $(RUNS)/01_generate
-	$(PY) 01_generate.py --run $(RUNS)/01_heldout --prompts tiny/prompts/test_plain.jsonl --guard tiny/gold.py
-	$(PY) 02_verify_sft.py --run $(RUNS)/02_verify_sft --responses $(RUNS)/01_generate --heldout $(RUNS)/01_heldout
-	$(PY) 03_steer_selfgen.py --run $(RUNS)/03_steer_selfgen
-	$(GRPO)_base --model tiny/lrm
-	$(GRPO)_sinternal --model $(RUNS)/02_verify_sft/checkpoint
-	$(GRPO)_thinksafe --model $(RUNS)/03_steer_selfgen/checkpoint
-	$(PY) 05_eval.py --run $(RUNS)/05_eval --n 4 --prefill think-open \
+demo: $(VENV)/ready  ## all five stages on the miniature world, about two minutes on two idle cores
+	@echo "stages 01 to 04, two at a time: each shows what it had to say when it ends"
+	@$(MAKE) --no-print-directory $(SIDE_BY_SIDE) $(TRAINED:%=$(RUNS)/%/summary.txt)
+	@$(MAKE) --no-print-directory $(RUNS)/05_eval/summary.txt
+	@echo "the demo is done: $(RUNS)/05_eval/results.md, results.png, transcripts.html"
+
+# A stage of the demo runs if code, world or a run that it reads is newer than its summary; it then goes on, or says why it
+# can't. Two at a time unless make has a -j; one thread each, so that -j changes no figure.
+TRAINED := 02_verify_sft 03_steer_selfgen 04_grpo_sinternal 04_grpo_thinksafe 04_grpo_base
+SIDE_BY_SIDE = $(if $(findstring -j,$(MAKEFLAGS)),,-j2) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+READ := common.py $(wildcard engines/*.py judges/*.py plumbing/*.py tiny/*.py tiny/*.txt tiny/*/*.json* tiny/*/*.safetensors)
+STAGE = OMP_NUM_THREADS=1 $(PY) $(1) || { echo "$(@D) is not finished: make demo goes on with it; rm -r $(@D) begins it anew,\
+ and what was trained from it too (rm -r $(RUNS): all of them)"; exit 1; }
+
+$(RUNS)/01_generate/summary.txt: 01_generate.py $(READ) | $(VENV)/ready
+	@$(call STAGE,01_generate.py --run $(@D))
+$(RUNS)/01_heldout/summary.txt: 01_generate.py $(READ) | $(VENV)/ready
+	@$(call STAGE,01_generate.py --run $(@D) --prompts tiny/prompts/test_plain.jsonl --guard tiny/gold.py)
+$(RUNS)/02_verify_sft/summary.txt: 02_verify_sft.py $(RUNS)/01_generate/summary.txt $(RUNS)/01_heldout/summary.txt
+	@$(call STAGE,02_verify_sft.py --run $(@D) --responses $(RUNS)/01_generate --heldout $(RUNS)/01_heldout)
+$(RUNS)/03_steer_selfgen/summary.txt: 03_steer_selfgen.py $(READ) | $(VENV)/ready
+	@$(call STAGE,03_steer_selfgen.py --run $(@D))
+$(RUNS)/04_grpo_sinternal/summary.txt: 04_grpo.py $(RUNS)/02_verify_sft/summary.txt
+	@$(call STAGE,04_grpo.py --run $(@D) --model $(RUNS)/02_verify_sft/checkpoint)
+$(RUNS)/04_grpo_thinksafe/summary.txt: 04_grpo.py $(RUNS)/03_steer_selfgen/summary.txt
+	@$(call STAGE,04_grpo.py --run $(@D) --model $(RUNS)/03_steer_selfgen/checkpoint)
+# reads no other run, but stage 02 has the longer way to go
+$(RUNS)/04_grpo_base/summary.txt: 04_grpo.py $(READ) | $(RUNS)/01_generate/summary.txt $(RUNS)/01_heldout/summary.txt
+	@$(call STAGE,04_grpo.py --run $(@D) --model tiny/lrm)
+$(RUNS)/05_eval/summary.txt: 05_eval.py $(TRAINED:%=$(RUNS)/%/summary.txt)
+	@$(call STAGE,-m plumbing.several 2 05_eval.py --run $(@D) --n 4 --prefill think-open \
 		--verify_test $(RUNS)/02_verify_sft/verify_test.jsonl --models \
 		base=tiny/lrm \
 		SInternal=$(RUNS)/02_verify_sft/checkpoint \
 		ThinkSafe=$(RUNS)/03_steer_selfgen/checkpoint \
 		GRPO=$(RUNS)/04_grpo_base/checkpoint \
 		SInternal+GRPO=$(RUNS)/04_grpo_sinternal/checkpoint \
-		ThinkSafe+GRPO=$(RUNS)/04_grpo_thinksafe/checkpoint
+		ThinkSafe+GRPO=$(RUNS)/04_grpo_thinksafe/checkpoint)
 
-test: $(VENV)/ready
-	$(PY) -m pytest
+test: $(VENV)/ready  ## as many tests at once as there are cores, four at most; PYTEST="-m 'not slow'" for a first look
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST)
 
 .venv-vllm/ready: requirements-cpu.txt
 	python3 -m venv .venv-vllm

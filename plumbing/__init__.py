@@ -4,12 +4,14 @@ names.
 Imports nothing of the house; everything else may import it. `import plumbing` has what stages
 use."""
 
+import gc
 import sys
 
 from plumbing.process import fail, gather_all, processes, run_stage, stop_on_interrupt
 
 if (sys.modules["__main__"].__doc__ or "").startswith("Stage"):  # what follows takes seconds
     stop_on_interrupt()
+    gc.disable()  # until its end: imports make no garbage, and looking for it was an eighth of them
 
 from plumbing.benchmarks import BENCHMARKS, load_benchmark, load_benchmarks
 from plumbing.checks import require_both_labels, require_free_names, require_texts
@@ -46,3 +48,7 @@ from plumbing.summaries import next_command, summarise_01, summarise_02, summari
 from plumbing.tokens import CLOSE, OPEN, THINKING, apply_template, begun_ids, encode_plain
 from plumbing.tokens import end_token
 from plumbing.transcripts import write_transcripts
+
+if not gc.isenabled():
+    gc.freeze()
+    gc.enable()

@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several processes share the cores
+
 import pytest
+import started
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,10 +26,14 @@ def load(name: str):
     return module
 
 
-def run_stage(stage: str, *args, ok: bool = True) -> subprocess.CompletedProcess:
-    """A stage as a user runs it, from the project's folder."""
-    command = [sys.executable, f"{stage}.py", *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+def run_stage(stage: str, *args, ok: bool = True, typed: bool = False) -> subprocess.CompletedProcess:
+    """A stage as a user runs it, from the project's folder; unless it is to be `typed`, with the imports done before."""
+    command = [f"{stage}.py", *map(str, args)]
+    if typed:
+        command = [sys.executable, *command]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    else:
+        done = started.run(command)
     assert not ok or done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done
 

@@ -154,6 +154,7 @@ def test_03_steers_and_trains(folder):
     assert json.loads((folder / "03/trained.json").read_text())["data_kl"] > 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [["--steps", 2, "--beta", 0.1], ["--steps", 1, "--lora_rank", 4, "--recompute"]])
 def test_04_samples_rewards_and_updates(folder, tmp_path, more):
     """All weights beside a frozen reference, and LoRA; the optimizer has float32, products are in bfloat16."""

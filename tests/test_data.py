@@ -2,11 +2,10 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import started
 from conftest import ROOT
 
 from judges import answer_is_correct
@@ -133,8 +132,7 @@ def test_the_fork_of_the_readme_runs_as_printed(tmp_path):
     try:
         fork.write_text(stage.replace(own, readme_fork() + "\n"))
         options = ["--run", tmp_path / "run", "--steps", 2, "--batch_size", 4, "--group_size", 4, "--limit", 8]
-        command = [sys.executable, str(fork), *map(str, options)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = started.run([fork, *options], timeout=300)
     finally:
         fork.unlink()
     assert done.returncode == 0, done.stderr[-2000:]

@@ -209,6 +209,7 @@ def stage_02(run, source, expert, ok=True) -> str:
     return "".join(errors)
 
 
+@pytest.mark.slow
 def test_stage_02_ends_when_the_endpoint_fails_and_goes_on_when_it_is_back(tmp_path):
     source, run = tmp_path / "01", tmp_path / "02"
     source.mkdir()

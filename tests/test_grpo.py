@@ -2,16 +2,14 @@
 
 import json
 import math
-import os
 import re
 import shutil
-import socket
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import started
 import torch
 from conftest import ROOT, load, run_stage
 from safetensors import safe_open
@@ -290,6 +288,7 @@ def judge(prompt, answer):
     return folder / "guard.py"
 
 
+@pytest.mark.slow
 def test_a_guard_that_dies_costs_nothing(tmp_path):
     """One line, the state of that very step, and in the end the same weights as if nothing had happened."""
     guard = dying_guard(tmp_path, calls=8)
@@ -316,14 +315,10 @@ def test_a_judge_that_dies_in_a_check_costs_nothing_either(tmp_path):
 
 # Processes, trackers --------------------------------------------------------------------------------------------------
 def two_processes(*args):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, "--"]
-    command += ["04_grpo.py", *map(str, args)]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=600)
+    return started.run(["-m", "plumbing.several", 2, "04_grpo.py", *args])
 
 
+@pytest.mark.slow
 def test_two_processes_do_as_one(tmp_path):
     options = [*SMALL, "--guard", "tiny/gold.py", "--steps", 3, "--updates_per_batch", 2, "--beta", 0.04]
     options += ["--micro_batch_tokens", 200]

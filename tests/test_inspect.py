@@ -2,11 +2,11 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, load, rows, run_here
+import started
+from conftest import load, rows, run_here
 
 from bench import to_inspect
 
@@ -65,8 +65,7 @@ def logs(run, tmp_path_factory):
     from inspect_ai.log import read_eval_log
 
     out = tmp_path_factory.mktemp("logs")
-    command = [sys.executable, "bench/to_inspect.py", run, "--out", out]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = started.run(["bench/to_inspect.py", run, "--out", out])
     assert done.returncode == 0 and done.stdout.startswith("4 logs in "), done.stderr
     paths = sorted(out.rglob("*.eval"))
     assert [str(path.relative_to(out)) for path in paths] == [

@@ -14,6 +14,7 @@ from unittest import mock
 
 import huggingface_hub
 import pytest
+import started
 import torch
 from chat_templates import FAMILIES
 from conftest import ROOT, load, refused, run_here, rows
@@ -306,8 +307,7 @@ def test_what_a_plan_refuses(world):
 
 
 def plan_command(*args) -> subprocess.CompletedProcess:
-    command = [sys.executable, "bench/plan.py", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return started.run(["bench/plan.py", *args])
 
 
 def test_the_plan_as_a_command(world):
@@ -496,6 +496,7 @@ def test_a_hub_that_answers_again_is_asked(no_hub, monkeypatch):
     assert plumbing.models.OUT_OF_REACH == {} and plumbing.dry_config("Qwen/Qwen3-4B") == "Qwen/Qwen3-4B"
 
 
+@pytest.mark.slow
 def test_a_dry_run_without_an_answer_takes_seconds(world):
     """An address that nobody has, a server that says nothing, one that is down."""
     with socket.socket() as silent, ThreadingHTTPServer(("127.0.0.1", 0), Down) as down:

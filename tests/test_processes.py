@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import started
 import torch
 import yaml
 from conftest import ROOT, load, rows, run_here
@@ -28,6 +29,14 @@ generate, verify, steer, grpo, evaluate = map(
 )
 
 
+def environment(sharded: bool) -> dict[str, str]:
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if sharded:
+        settings = yaml.safe_load((ROOT / "fsdp.yaml").read_text())["fsdp_config"]
+        variables |= {k.upper(): str(v) for k, v in settings.items()} | {"ACCELERATE_USE_FSDP": "true"}
+    return variables
+
+
 def launch_two(stage: str, *args, sharded: bool = False) -> subprocess.Popen:
     """Two processes on the CPU, by torchrun: `accelerate launch --cpu --num_processes 2` starts one. `sharded` is FSDP,
     with the settings of fsdp.yaml as accelerate launch passes them on."""
@@ -37,19 +46,16 @@ def launch_two(stage: str, *args, sharded: bool = False) -> subprocess.Popen:
     launch = ["torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, "--"]
     what = stage if stage == "scores" else f"{stage}.py"
     command = [sys.executable, "-m", *map(str, launch), *(["tests/sharded.py"] if sharded else []), what]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if sharded:
-        settings = yaml.safe_load((ROOT / "fsdp.yaml").read_text())["fsdp_config"]
-        environment |= {k.upper(): str(v) for k, v in settings.items()} | {"ACCELERATE_USE_FSDP": "true"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, *map(str, args)], cwd=ROOT, env=environment, **pipes)
+    return subprocess.Popen([*command, *map(str, args)], cwd=ROOT, env=environment(sharded), **pipes)
 
 
 def run_on_two(stage: str, *args, sharded: bool = False):
-    done = launch_two(stage, *args, sharded=sharded)
-    output, errors = done.communicate(timeout=600)
-    assert done.returncode == 0, f"{done.args}\n{output[-2000:]}\n{errors[-4000:]}"
-    assert output.count(f"\n{stage}\n") == 1  # one summary: the first process speaks for both
+    """The same by plumbing/several.py."""
+    command = [*(["tests/sharded.py"] if sharded else []), f"{stage}.py", *args]
+    done = started.run(["-m", "plumbing.several", 2, *command], environment=environment(sharded))
+    assert done.returncode == 0, f"{done.args}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert done.stdout.count(f"\n{stage}\n") == 1  # one summary: the first process speaks for both
 
 
 def same_training(one, two):
@@ -95,6 +101,7 @@ def test_two_processes_write_the_same_rows(answered):
     assert (set(written[:4]), set(written[4:])) == (set(order[::2]), set(order[1::2]))  # each process made its share
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_dies_and_two_or_one_go_on(tmp_path):
     """The second process of stage 01 is killed half way, and torchrun ends the first. What both had finished is kept as
     it is, a half line is made again, and so is all that is missing."""
@@ -155,6 +162,7 @@ def test_only_the_first_process_writes(monkeypatch, tmp_path, model, tokenizer):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_two_processes_learn_to_verify_as_one(tmp_path):
     """Seven examples in steps of three, three and one, an example a pass: some passes of the second process count 0."""
     responses, labels = [], []
@@ -178,6 +186,7 @@ def test_two_processes_learn_to_verify_as_one(tmp_path):
     same_training(tmp_path / "one", tmp_path / "sharded")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra, resumed", [(["--lora_rank", 8, "--recompute"], []), (["--loss", "dapo"], ["one", "two"])]
 )
@@ -216,6 +225,7 @@ def test_sharded_scores_and_gradients_in_bfloat16_are_not_rounded_to_it(monkeypa
     assert 1e-4 < (found["log_probs"] - exact).abs().max() < 0.3  # it was bfloat16 inside
 
 
+@pytest.mark.slow
 def test_two_processes_steer_and_train_as_one(answered, tmp_path):
     """With a second try, KL on benign rows, and one process that goes on from a state of two."""
     options = ["--prompts", answered[0] / "prompts.jsonl", "--guard", "tiny/gold.py", "--steering", "none", "prefix"]
@@ -236,6 +246,7 @@ def test_two_processes_steer_and_train_as_one(answered, tmp_path):
         assert a == pytest.approx(b, rel=1e-3) and a["data_kl"] > 1e-3
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_as_one(tmp_path):
     """Two models, three kinds of rows, three judges, two responses a prompt: responses, verdicts, figures, recipe."""
     for name, lines in (("plain", 240), ("sums", 200)):

@@ -20,18 +20,18 @@ def runs(tmp_path_factory):
     """All five stages, one after the other, small."""
     folder = tmp_path_factory.mktemp("runs")
     out = {}
-    out["01"] = run_stage("01_generate", "--run", folder / "01", "--limit", 40, "--n", 4)
+    out["01"] = run_stage("01_generate", "--run", folder / "01", "--limit", 40, "--n", 4, typed=True)
     heldout = ["--prompts", "tiny/prompts/test_plain.jsonl", "--guard", "tiny/gold.py", "--limit", 12, "--n", 4]
     run_stage("01_generate", "--run", folder / "held", *heldout)
     out["02"] = run_stage(
-        "02_verify_sft", "--run", folder / "02", "--responses", folder / "01", "--heldout", folder / "held"
+        "02_verify_sft", "--run", folder / "02", "--responses", folder / "01", "--heldout", folder / "held", typed=True
     )
-    out["03"] = run_stage("03_steer_selfgen", "--run", folder / "03", "--limit", 24, "--epochs", 1)
+    out["03"] = run_stage("03_steer_selfgen", "--run", folder / "03", "--limit", 24, "--epochs", 1, typed=True)
     grpo = ["--steps", 3, "--batch_size", 4, "--group_size", 4, "--limit", 20]
-    out["04"] = run_stage("04_grpo", "--run", folder / "04", "--model", folder / "02/checkpoint", *grpo)
+    out["04"] = run_stage("04_grpo", "--run", folder / "04", "--model", folder / "02/checkpoint", *grpo, typed=True)
     models = [f"base={ROOT}/tiny/lrm", f"sinternal={folder}/02/checkpoint", f"grpo={folder}/04/checkpoint"]
     test = ["--verify_test", folder / "02/verify_test.jsonl", "--limit", 8]
-    out["05"] = run_stage("05_eval", "--run", folder / "05", "--models", *models, *test)
+    out["05"] = run_stage("05_eval", "--run", folder / "05", "--models", *models, *test, typed=True)
     return folder, out
 
 
@@ -168,6 +168,7 @@ def test_01_goes_on_after_a_cut(runs, tmp_path):
     assert len(rows(tmp_path / "01/labels.jsonl")) == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage, options", [
     ("03_steer_selfgen", ["--limit", "24", "--epochs", "2", "--save_every", "5", "--lora_dropout", "0.1"]),
     ("04_grpo", ["--limit", "20", "--steps", "5", "--save_every", "3", "--batch_size", "4", "--updates_per_batch", "2",
@@ -191,6 +192,7 @@ def test_training_goes_on_bit_for_bit(tmp_path, stage, options):
     assert (tmp_path / "whole" / weights).read_bytes() == (tmp_path / "cut" / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_micro_batches_do_not_change_the_training(tmp_path):
     """One example at a time or all at once: the same losses, because each step has one normaliser."""
     found = []

@@ -4,12 +4,11 @@ import json
 import random
 import re
 import shutil
-import subprocess
-import sys
 import time
 
 import pytest
-from conftest import ROOT, load, run_here
+import started
+from conftest import load, run_here
 
 import plumbing
 from plumbing.transcripts import transcripts
@@ -152,11 +151,11 @@ def test_from_the_command_line(tmp_path):
     run = small_run(tmp_path / "run")
     before = (run / "transcripts.html").read_text()
     (run / "transcripts.html").unlink()
-    command = [sys.executable, "bench/transcripts.py"]
-    done = subprocess.run([*command, run], cwd=ROOT, capture_output=True, text=True)
+    command = ["bench/transcripts.py"]
+    done = started.run([*command, run])
     assert done.returncode == 0 and (run / "transcripts.html").read_text() == before, done.stderr
     for wrong in ([tmp_path / "none"], [], [run, run]):
-        done = subprocess.run([*command, *wrong], cwd=ROOT, capture_output=True, text=True)
+        done = started.run([*command, *wrong])
         assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 

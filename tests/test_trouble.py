@@ -36,6 +36,7 @@ def interrupts():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_killed_stages_go_on(tmp_path):
     """Every stage, two kills each; `make torture` has more."""
     report = tmp_path / "report.md"
@@ -52,6 +53,7 @@ def test_killed_stages_go_on(tmp_path):
     assert all(row[4] > 1 for row in numbers[1:5]), table
 
 
+@pytest.mark.slow
 def test_a_second_process_and_an_interrupt(tmp_path):
     """The command as it is typed; half-way a second one is refused, then the first is interrupted and goes on later."""
     options = ["--run", tmp_path / "run", "--limit", 40, "--n", 4, "--batch_tokens", 1200]
@@ -109,6 +111,7 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", folder])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage, options", [
     (steer, [*SMALL, "--epochs", 1, "--batch_size", 2, "--save_every", 1]),
     (grpo, [*SMALL, "--steps", 2, "--batch_size", 2, "--group_size", 2, "--save_every", 1]),
