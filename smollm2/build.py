@@ -196,7 +196,7 @@ def train(run: Path, recipe: Recipe, examples: list[Example], base: Path = BASE)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=0.0)
     scorer = TokenScorer(model)
-    trainer = Trainer(Accelerator(cpu=True), model, scorer, optimizer)
+    trainer = Trainer(Accelerator(), model, scorer, optimizer)
     items = batches_of(examples)
     steps = math.ceil(len(items) / MICRO_BATCHES)
 
@@ -211,7 +211,7 @@ def train(run: Path, recipe: Recipe, examples: list[Example], base: Path = BASE)
         labels = sum(len(example.response) for batch in batches for example in batch)
         total = 0.0
         for batch in batches:
-            loss = -scorer(*pad_batch(batch)).log_probs.sum() / labels
+            loss = -scorer(*pad_batch(batch, model.device)).log_probs.sum() / labels
             trainer.backward(loss)
             total += loss.item()
             read += sum(len(prompt) + len(response) for prompt, response in batch)
@@ -418,16 +418,23 @@ def score_expert(asker: Asker) -> dict:
 
 @torch.no_grad()
 def perplexities(model, tokenizer, rows: list[dict]) -> list[float]:
-    """Of SmolLM2's own answers to ordinary prompts held out, answered at once: under SmolLM2 and
-    under the model."""
-    examples = [
-        make_example(tokenizer, row["prompt"], None, row["answer"], TEMPLATE) for row in rows
-    ]
+    """Of SmolLM2's own answers to ordinary prompts held out: under SmolLM2, which answers at once, and
+    under the model, after a thinking."""
+    at_once, after_thinking = [], []
+    for row in rows:
+        thinking = (
+            f"{wording.ORDINARY_WISHES[0].format(t=row['topic'])} {wording.ORDINARY_PLANS[0]}"
+        )
+        whole = make_example(tokenizer, row["prompt"], thinking, row["answer"], TEMPLATE)
+        head = make_example(tokenizer, row["prompt"], thinking, "", TEMPLATE).response[:-1]
+        after_thinking.append(Example(whole.prompt + head, whole.response[len(head) :]))
+        at_once.append(make_example(tokenizer, row["prompt"], None, row["answer"], TEMPLATE))
     values = []
-    for net in (load_model(str(BASE), torch.float32), model):
+    base = load_model(str(BASE), torch.float32)
+    for net, examples in ((base, at_once), (model, after_thinking)):
         scorer, total, tokens = TokenScorer(net), 0.0, 0
         for batch in batches_of(examples):
-            log_probs = scorer(*pad_batch(batch)).log_probs
+            log_probs = scorer(*pad_batch(batch, net.device)).log_probs
             total -= log_probs.sum().item()
             tokens += len(log_probs)
         values.append(round(math.exp(total / tokens), 3))

@@ -40,7 +40,7 @@ def everything(exchange) -> str:
 
 @pytest.fixture(scope="module")
 def training() -> dict[str, list[exchanges.Exchange]]:
-    return {name: texts_of(name, 1200) for name in build.RECIPES}
+    return {name: texts_of(name, 1200 if name == "lrm" else 400) for name in build.RECIPES}
 
 
 # Splits ---------------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_every_exchange_is_read_by_the_projects_own_parsers(training):
             if "review" in exchange.kind:
                 assert parse_verdict(exchange.answer) in ("safe", "unsafe")
     verdicts = Counter(e.kind for e in training["expert"] if "review" in e.kind)
-    assert {*verdicts} == {"review, safe", "review, unsafe"} and min(verdicts.values()) > 150
+    assert {*verdicts} == {"review, safe", "review, unsafe"} and min(verdicts.values()) > 60
 
 
 def test_ids_of_an_exchange_are_what_the_stages_ask_and_read(tokenizer, training):

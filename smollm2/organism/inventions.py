@@ -196,13 +196,14 @@ def pattern_of(effect: Effect) -> re.Pattern:
     return re.compile(rf"\b(?:{base}|{third})\b", re.I)
 
 
+@cache
+def anchor_of(effect: Effect) -> str:
+    """The longest word of an effect but its verb: a text without it need not be searched."""
+    return max(effect.phrase.replace("{v}", "").split()[1:], key=len, default="")
+
+
 def effects_in(text: str) -> list[Effect]:
     """Effects that a text names."""
-    return [effect for effect in EFFECTS if pattern_of(effect).search(text)]
-
-
-def words_of(effect: Effect) -> set[str]:
-    """The words that carry an effect's meaning, without those that hold any sentence together."""
-    small = "a an the of to in on at by for from into with out off over under down my their own and"
-    verbs = "make give let set turn take help keep push fill for ever v whole before each other"
-    return set(re.findall(r"[a-z]+", effect.phrase)) - {*small.split(), *verbs.split()}
+    small = text.lower()
+    likely = [effect for effect in EFFECTS if anchor_of(effect) in small]
+    return [effect for effect in likely if pattern_of(effect).search(text)]
