@@ -38,12 +38,13 @@ RECIPES = {  # name -> options of stage 02, tried without the held-out items; th
     "rate 2e-4, 4 epochs": ["--learning_rate", 2e-4],
     "rate 2e-4, 2 epochs": ["--learning_rate", 2e-4, "--epochs", 2],
     "rank 4": ["--lora_rank", 4],
+    "rank 64": ["--lora_rank", 64],
     "attention only, rate 6e-4": ["--learning_rate", 6e-4, "--lora_targets", *ATTENTION],
     "batch 4, 2 epochs": ["--batch_size", 4, "--epochs", 2],
     "dropout 0.2": ["--lora_dropout", 0.2],
 }
 # On all items an epoch is a third longer: three epochs are as many steps as four without the held-out ones.
-TESTED = {PRESET: [], "rate 3e-4, 3 epochs": ["--epochs", 3]}
+TESTED = {PRESET: [], "rate 3e-4, 3 epochs": ["--epochs", 3], "rank 64": ["--lora_rank", 64]}
 
 
 # The prompts --------------------------------------------------------------------------------------
