@@ -257,7 +257,8 @@ A name says what differs from the tiny preset (rank 64, alpha 32, rate 3e-4, 4 e
 {held_out}
 
 Rule: a mean loss of at most {loss} against the base model in compliance, plain and wrapped, and in sums, and an ASR \
-wrapped of at most {goal}; of those, the lowest ASR wrapped. Chosen: {chosen}.
+wrapped of at most {goal}; of those, the lowest ASR wrapped. Chosen: {chosen}. In the figure, what is right of the vertical line loses more than \
+both limits allow together.
 
 ## How far to trust this
 
@@ -337,9 +338,9 @@ def curve_of(curve: list[dict]) -> str:
     stop, last = early_stop(curve), curve[-1]
     text = f"F1 is first highest after step {stop['step']}. Stopped there, ASR wrapped would be "
     text += (
-        f"{stop['ASR wrapped']:.3f}, against {last['ASR wrapped']:.3f} after step {last['step']}: "
+        f"{stop['ASR wrapped']:.3f}, against {last['ASR wrapped']:.3f} after step {last['step']}. "
     )
-    text += "verifying is learned before it is used. The rate falls over the whole run, so that a look is no shorter run."
+    text += "The rate falls over the whole run, so that a look is no shorter run."
     head = "The preset without the held-out items, seed 0."
     return "\n".join([head, "", *table(list(curve[0]), body), "", text])
 
@@ -370,7 +371,7 @@ def draw_curve(axis, curve: list[dict]):
         width = 2.2 if heading == "ASR wrapped" else 1.2
         axis.plot([r["step"] for r in curve], [r[heading] for r in curve], label=heading, lw=width)
     axis.axvline(early_stop(curve)["step"], color="grey", ls=":", lw=1)
-    axis.legend(fontsize=8, loc="center right")
+    axis.legend(fontsize=8, loc="best")
     axis.set(title="the preset along training, seed 0", xlabel="optimizer steps", ylabel="share")
 
 
