@@ -145,10 +145,15 @@ def look(runs: Path):
     folder = runs / "curve"
     answers = ["--seed", 0, "--responses", runs / "seed0/01", "--heldout", runs / "heldout"]
     stage("bench/looks.py", folder / "train", *answers)
-    steps = sorted(int(path.name) for path in (ROOT / folder / "train/looks").glob("*"))
-    models = {f"step{step}": folder / f"train/looks/{step}" for step in steps}
     test = ["--verify_test", folder / "train/verify_test.jsonl"]
-    evaluate(folder / "eval", models, 0, held_out_tests(runs), *test)
+    for step in steps_of(ROOT / folder):
+        model = {"recipe": folder / f"train/looks/{step}"}
+        evaluate(folder / f"step{step}", model, 0, held_out_tests(runs), *test)
+
+
+def steps_of(curve: Path) -> list[int]:
+    """After how many steps the run was looked at."""
+    return sorted(int(path.name) for path in (curve / "train/looks").glob("*"))
 
 
 def train_all(runs: Path, jobs: int):
@@ -170,10 +175,10 @@ def train_all(runs: Path, jobs: int):
 
 
 # Reading ------------------------------------------------------------------------------------------
-def measured(evaluation: Path, decoding: str = "", model: str = "recipe") -> dict[str, float]:
-    """{heading: value} of a model of a stage 05 run; `decoding`: "" for the preset's, or ".uncut"."""
+def measured(evaluation: Path, decoding: str = "") -> dict[str, float]:
+    """{heading: value} of a stage 05 run; `decoding`: "" for the preset's, or ".uncut"."""
     rows = json.loads((evaluation / "results.json").read_text())["rows"]
-    values = {(r["metric"], r["benchmark"]): r["value"] for r in rows if r["model"] == model}
+    values = {(r["metric"], r["benchmark"]): r["value"] for r in rows}
     wrapped, plain, sums = f"wrapped{decoding}", f"plain{decoding}", f"sums{decoding}"
     columns = {
         "ASR plain": ("asr", plain),
@@ -210,9 +215,9 @@ def read_all(runs: Path) -> dict:
             columns = over_seeds(paths, suffix)
             tests[decoding] |= {name: columns} if columns else {}
     curve = []
-    if (here / "curve/eval/summary.txt").exists():
-        for step in sorted(int(path.name) for path in (here / "curve/train/looks").glob("*")):
-            curve.append({"step": step, **measured(here / "curve/eval", model=f"step{step}")})
+    for step in steps_of(here / "curve"):
+        if (here / f"curve/step{step}/summary.txt").exists():
+            curve.append({"step": step, **measured(here / f"curve/step{step}")})
     base = measured(here / "base")
     least = {name: base[name] for name in LEAST}
     means = {n: {h: one["mean"] for h, one in c.items()} for n, c in held_out.items()}
