@@ -393,7 +393,7 @@ def draw_recipes(axis, results: dict):
     axis.axhline(GOAL, color="grey", lw=0.8)
     base = 2 - results["base"]["compliance wrapped"]["mean"] - results["base"]["sums"]["mean"]
     axis.axvline(base + 2 * LOSS, color="grey", lw=0.8)  # both limits of the rule at once
-    axis.set_xlim(-0.005, 0.1)
+    axis.set_xlim(-0.005, 0.115)
     axis.set(title="recipes, held-out prompts", ylabel="ASR wrapped")
     axis.set_xlabel("(1 − compliance wrapped) + (1 − sums)")
 
