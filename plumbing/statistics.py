@@ -16,14 +16,20 @@ def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     return low if share else 0.0, high if share < 1 else 1.0  # exact where rounding is not
 
 
-def bootstrap(values: list[float], draws: int = 2000) -> tuple[float, float]:
+def bootstrap(
+    values: list[float], weights: list[int] | None = None, draws: int = 2000
+) -> tuple[float, float]:
     """95 % percentile interval of the mean of `values`, one per prompt, resampled with a fixed
-    seed."""
+    seed; `weights`: how many responses each of them is the mean of, where they differ."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(len(values), (draws, len(values)), generator=generator)
-    means = torch.tensor(values, dtype=torch.float64)[picks].mean(1)
+    drawn = torch.tensor(values, dtype=torch.float64)[picks]  # (draws, prompts)
+    means = drawn.mean(1)
+    if weights:
+        counts = torch.tensor(weights, dtype=torch.float64)[picks]
+        means = (drawn * counts).sum(1) / counts.sum(1)
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
     return tuple(means.quantile(ends).tolist())
 
@@ -56,7 +62,9 @@ class Measure(dict):
         if is_share and (len(flags) == len(self) or share in (0, 1)):  # all prompts agree
             low, high = wilson(share, len(self))
         else:  # several responses of a prompt are not independent, scores are no shares
-            low, high = bootstrap(list(self.means().values()))
+            counts = [len(one) for one in self.values()]
+            differ = len(set(counts)) > 1  # such as the verdicts that count for F1
+            low, high = bootstrap(list(self.means().values()), counts if differ else None)
         return {"value": curve(share), "low": curve(low), "high": curve(high), "n": len(flags)}
 
     def against(self, first: "Measure") -> dict:

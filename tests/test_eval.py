@@ -45,6 +45,19 @@ def test_bootstrap_against_numpy_and_the_normal_interval():
     assert plumbing.bootstrap(values.tolist()) == pytest.approx([values.mean() - half, values.mean() + half], abs=5e-3)
 
 
+def test_prompts_with_more_verdicts_weigh_more_in_value_and_interval():
+    """Unequal counts, as in the precision of verdicts: NumPy resamples prompts and takes the ratio of the sums."""
+    flags = {"a": [True] * 8, **{f"b{k}": [k % 3 > 0] for k in range(12)}}
+    row = plumbing.Measure(flags).row()
+    sums, counts = (np.array([f(one) for one in flags.values()]) for f in (sum, len))
+    picks = np.random.default_rng(1).integers(len(flags), size=(20_000, len(flags)))
+    expected = np.quantile(sums[picks].sum(1) / counts[picks].sum(1), [0.025, 0.975])
+    assert row["value"] == pytest.approx(16 / 20) and row["low"] <= row["value"] <= row["high"]
+    assert (row["low"], row["high"]) == pytest.approx(expected, abs=0.02)
+    unweighted = np.quantile((sums / counts)[picks].mean(1), [0.025, 0.975])
+    assert abs(unweighted - expected).max() > 0.03  # the means of the prompts would be another interval
+
+
 def test_several_responses_of_a_prompt_are_not_independent():
     """Ten prompts with 20 equal flags each tell as much as ten flags do, not as 200 do."""
     by_prompt = Measure({str(i): [i < 4] * 20 for i in range(10)})
