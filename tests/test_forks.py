@@ -287,7 +287,7 @@ LABEL = " " + " ".join(SMALL)
 
 
 @pytest.mark.parametrize("name, labels", [
-    ("checks_rewarded", ["checks-rewarded"]), ("gspo", ["grpo-4-updates", "gspo"]), ("opsa", ["opsa"]),
+    ("checks_rewarded", ["checks-rewarded"]), ("gspo", ["grpo-4-updates", "gspo"]), ("opsa", ["opsa", "opsa-prefix"]),
     ("cispo", ["dapo-4-updates", "cispo"]), ("opd", ["opd", "opd-with-sums"]), ("self_guard", ["self-guard"]),
 ])  # fmt: skip
 def test_every_fork_runs_and_writes_its_row(fork, monkeypatch, tmp_path, name, labels):

@@ -220,7 +220,7 @@ def test_help_says_what_may_grow_and_what_the_paper_has(capsys):
         (grpo, ["a run goes on with more (default: 40)"]),
         (
             verify,
-            ["AdamW (paper: 2e-4) (default: 0.0003)", "(paper: 2) (default: 4)", "LoRA rank (paper) (default: 16)"],
+            ["AdamW (paper: 2e-4) (default: 0.0003)", "(paper: 2) (default: 4)", "LoRA rank (paper: 16) (default: 64)"],
         ),
     ):
         with pytest.raises(SystemExit):

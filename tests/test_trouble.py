@@ -310,7 +310,7 @@ def test_no_pickles_and_no_remote_code():
     house = "".join(
         path.read_text() for path in [ROOT / "common.py", *ROOT.glob("engines/*.py"), *ROOT.glob("plumbing/*.py")]
     )
-    calls = re.findall(r"(\w+)\.from_pretrained\(([^)]*)\)", house)
+    calls = re.findall(r"(\w+)\.from_pretrained\(((?:[^()]|\([^)]*\))*)\)", house)
     assert {name for name, _ in calls} == {"AutoTokenizer", "AutoModelForCausalLM", "AutoConfig", "GenerationConfig"}
     for name, arguments in calls:
         assert name == "GenerationConfig" or "trust_remote_code=False" in arguments, (name, arguments)
