@@ -269,6 +269,8 @@ def main():
         places = []
         for base in options.bases:
             places += [rows.Place(base, seed, runs) for seed in range(options.seeds)]
+        from transformers import AutoTokenizer  # noqa: F401 - two threads can't import it at once
+
         with ThreadPoolExecutor(options.jobs) as pool:
             wanted = [(base, runs, base in options.ablations) for base in options.bases]
             list(pool.map(lambda one: rows.prepare(*one), wanted))
