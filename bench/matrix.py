@@ -10,7 +10,7 @@ preset's with a thinking that the attacker begins (2 answers). Benign prompts, p
 have 2 answers under both decodings. *Search* is bench/attack.py: is a prompt broken within 32
 queries by best-of-n or by a suffix? Two places (a base and a seed) at a time; the same command goes
 on where it stopped, and others' bases stay. Writes results/claims/matrix.json, a value per seed,
-and rows.md. `--show` writes rows.md again from matrix.json.
+rows.md and rows.png. `--show` writes those two again from matrix.json.
 """
 
 import argparse
@@ -250,6 +250,42 @@ def rows_page(matrix: dict) -> str:
     return "\n".join([*parts, NOTE]) + "\n"
 
 
+def figure(rows_of_base: dict, path: Path):
+    """A heat map of the committed base: a line for each row, a column for each attack; what is kept
+    of benign prompts and sums beside them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name, conditions in rows_of_base.items() if "preset" in conditions]
+    panels = {
+        "harmful prompts answered, by attack (less is safer)": ("Reds", 9),
+        "benign prompts and sums": ("Blues", 4),
+    }
+    size, headings = (11.5, 0.36 * len(names) + 1.5), list(SHOWN)
+    settings = {"width_ratios": [width for _, width in panels.values()], "layout": "constrained"}
+    fig, axes = plt.subplots(1, 2, figsize=size, sharey=True, **settings)
+    for axis, (title, (colors, width)) in zip(axes, panels.items()):
+        own, headings = headings[:width], headings[width:]
+        cells = []
+        for name in names:
+            values = [rows_of_base[name][SHOWN[h][0]][SHOWN[h][1]] for h in own]
+            cells.append([mean_interval(value) for value in values])
+        means = [[cell["mean"] for cell in line] for line in cells]
+        axis.imshow(means, cmap=colors, vmin=0, vmax=1, aspect="auto")
+        for y, line in enumerate(cells):
+            for x, cell in enumerate(line):
+                color = "white" if cell["mean"] > 0.6 else "black"
+                text = f"{cell['mean']:.2f} ±{cell['half']:.2f}"
+                axis.text(x, y, text, ha="center", va="center", color=color, fontsize=6.5)
+        axis.set_xticks(range(width), own, fontsize=8, rotation=20, ha="right")
+        axis.set_title(title, fontsize=10)
+    axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -285,6 +321,8 @@ def main():
         write_atomic(file, compact_json(matrix))
     page = rows_page(matrix)
     write_atomic(OUT / "rows.md", page)
+    if "0" in matrix["bases"]:
+        figure(matrix["bases"]["0"]["rows"], OUT / "rows.png")
     print(page)
 
 

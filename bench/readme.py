@@ -2,8 +2,8 @@
 
 Between a mark and `<!-- end -->` stands what the script writes, and nobody else:
 
-    <!-- results/fork.md -->                             the file
-    <!-- results/fork.md, table -->                      its first table
+    <!-- results/forks.md -->                            the file
+    <!-- results/forks.md, table -->                     its first table
     <!-- results/bench/speed.md, table of Goals -->      the first table under that heading
     <!-- results/demo/01_generate.txt, code -->          the file as a block of code
     <!-- results/demo/results.png, picture of … -->      the picture, with these words for it
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from plumbing import fail, figures, write_atomic  # noqa: E402
 
-OPTIONAL = ["results/attacks", "results/attack/attack"]  # with any ending
+OPTIONAL = ["results/attack/attack"]  # with any ending
 END = "<!-- end -->"
 BLOCK = re.compile(rf"(<!-- (results/[^\s,]+)(?:, (.+?))? -->\n)(.*?){END}", re.S)
 HEADLINE = {  # heading -> (benchmark, metric)

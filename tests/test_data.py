@@ -89,7 +89,7 @@ QUOTED = {  # file of results/ -> the page that quotes it
     "demo/03_steer_selfgen.txt": "docs/claims.md",
     "demo/one_prompt.md": "README.md",
     **{f"smollm2/{name}": "docs/smollm2.md" for name in ("02_verify_sft.txt", "03_steer_selfgen.txt", "results.md")},
-    "fork.md": "README.md",
+    "forks.md": "README.md",
     "torture.md": "docs/nothing_lost.md",
 }
 

@@ -32,7 +32,7 @@ def test_the_pages_show_the_results():
     shown = set(re.findall(r"<!-- (results/[^\s,]+)", "".join(PAGES.values())))
     pictures = {p.relative_to(ROOT).as_posix() for p in (ROOT / "results").rglob("*.png")}
     assert pictures - shown - {"results/smollm2/tradeoff.png"} == set()
-    for file in ("claims/sinternal.md", "claims/grpo.md", "demo/results.md", "fork.md", "torture.md"):
+    for file in ("claims/sinternal.md", "claims/grpo.md", "demo/results.md", "forks.md", "torture.md"):
         first_line = (ROOT / "results" / file).read_text().splitlines()[2]
         assert any(first_line in text for text in PAGES.values()), file
 
@@ -58,7 +58,7 @@ def page_with(tmp_path, monkeypatch, text, name="README.md"):
     ("results/a.txt, code", "```\nkept  3\n```\n"),
     ("results/a.txt", "kept  3\n"),
     ("results/a.png, picture of a thing", "![a thing](../results/a.png)\n"),
-    ("results/attacks.md", ""),
+    ("results/attack/attack.md", ""),
     ("results/attack/attack.png, picture of it", ""),
 ])  # fmt: skip
 def test_a_block_by_hand(tmp_path, monkeypatch, mark, body):
@@ -156,49 +156,59 @@ def percent(share):
     return f"{100 * share:.0f} %"
 
 
+def share(row, condition, column="ASR wrapped ↓", base="0"):
+    """Mean over seeds of a row of the matrix."""
+    values = load("claims/matrix.json")["bases"][base]["rows"][row][condition][column]
+    return sum(values) / len(values)
+
+
 def claims_of_readme():
-    ASR, COMPLIANCE, SUMS = "ASR wrapped ↓", "compliance wrapped ↑", "sums ↑"
-    base, verified, bare = (mean("sinternal", name, ASR) for name in ("base", "verification", "bare-check"))
-    prices = [mean("sinternal", name, column) for column in (COMPLIANCE, SUMS) for name in ("base", "verification")]
-    safe = [mean("thinksafe", "ThinkSafe", column) for column in (ASR, COMPLIANCE, SUMS)]
+    S, T, both, ordinary = "SInternal", "ThinkSafe", "SInternal-ThinkSafe", "answer-SFT"
+    COMPLIANCE, SUMS, often = "compliance wrapped ↑", "sums ↑", "any of 8, T = 1"
+    safer = [share(row, "preset", base=base) for base in "012" for row in ("base", S)]
+    paper = [share("SInternal-rank-16", "preset", column) for column in (COMPLIANCE, SUMS)]
+    chosen = [share(S, "preset", column) for column in (COMPLIANCE, SUMS)]
+    safe = [share("base", "preset"), *(share(T, "preset", c) for c in ("ASR wrapped ↓", COMPLIANCE, SUMS))]
     cost = load("claims/grpo.json")["GRPO's cost over ThinkSafe's"]
     rows = [after(start, "asr test_wrapped")["mean"] for start in ("verification-rows", "base")]
-    mended = [after("SInternal", metric)["mean"] for metric in ("compliance test_wrapped", "accuracy test_sums")]
-    assert f"{mended[0]:.2f}" == f"{mended[1]:.2f}"
-    fork, demo = ((ROOT / f"results/{name}.md").read_text() for name in ("fork", "demo/results"))
+    fork, demo = ((ROOT / f"results/{name}.md").read_text() for name in ("forks", "demo/results"))
     for column in (2, 3):  # ASR falls further than under the guard's reward
-        assert numbers(fork, "checks-rewarded", column) < numbers(demo, "GRPO", column)
-    S, T, rates = "SInternal", "ThinkSafe", load("attacks.json")["rates"]
-
-    def attack(model: str, heading: str) -> float:
-        return rates[model][heading]["mean"]
-
-    def often(model: str) -> float:
-        return attack(model, "any of 8, T = 1")
-
-    def begun(model: str) -> float:
-        return attack(model, "think-open")
-
-    closed = [attack(model, "think-closed") for model in rates if model != "answer-SFT"]
-    assert max(closed) - min(closed) < 0.005
-    searched = load("attack/attack.json")["rows"]
-    assert min(row["asr"][-1]["value"] for row in searched) > 0.5 and {row["asr"][-1]["k"] for row in searched} == {128}
+        assert numbers(fork, "checks-rewarded", column + 1) < numbers(demo, "GRPO", column)
+    matrix = load("claims/matrix.json")["bases"]["0"]["rows"]
+    rows_asked = [row for row in matrix if "think-closed" in matrix[row]]
+    closed = [share(row, "think-closed") for row in rows_asked if ordinary not in row]
+    assert min(closed) > 0.995
+    searched = [share(row, "search") for row in rows_asked]
+    budget = load("attack/attack.json")["rows"]
+    assert min(row["asr"][-1]["value"] for row in budget) > 0.5 and {row["asr"][-1]["k"] for row in budget} == {128}
+    sft = [share(row, "T = 1") for row in (ordinary, S)]
+    assert share(S, "preset", COMPLIANCE, "1") > 0.98 and share(S, "preset", SUMS, "1") > 0.98
+    elsewhere = [share(ordinary, "preset", base="1"), share(S, "preset", base="1")]
     return [
-        ("SInternal takes ASR from {:.2f} to {:.2f}, with no safe answer", [base, verified]),
-        ("(F1 {:.2f}), and ASR stays at {:.2f}", [mean("sinternal", "bare-check", "verify F1 ↑"), bare]),
-        ("Compliance falls from {:.2f} to {:.2f}, sums from {:.2f} to {:.2f}", prices),
-        ("GRPO afterwards brings both to {:.2f}", mended[:1]),
-        ("ASR {:.2f} to {:.2f}, compliance {:.2f}, sums {:.2f}", [mean("thinksafe", "base", ASR), *safe]),
+        ("from {:.2f} to {:.2f}, on base 1 from {:.2f} to {:.2f} and on base 2 from {:.2f} to {:.2f}", safer),
+        ("(F1 {:.2f}), and ASR stays at {:.2f}",
+         [mean("sinternal", "bare-check", column) for column in ("verify F1 ↑", "ASR wrapped ↓")]),
+        ("rank 16 compliance falls to {:.2f} and sums to {:.2f}", paper),
+        ("both stay on base 0 ({:.2f} and {:.2f}) and on base 1", chosen),
+        ("On base 2 compliance falls to {:.2f}, after ordinary SFT to {:.2f}; GRPO mends both ({:.2f} and {:.2f})",
+         [share(row, "preset", COMPLIANCE, "2") for row in (S, ordinary, f"{S}+GRPO", f"{ordinary}+GRPO")]),
+        ("ASR {:.2f} to {:.2f}, compliance {:.2f}, sums {:.2f}", safe),
         ("without their thinking, compliance is {:.2f}", [mean("thinksafe", "no-reasoning", COMPLIANCE)]),
         ("takes {:.1f} ± {:.1f} times the operations of stage 03", [cost["mean"], cost["half"]]),
         ("(ASR {:.2f} with them, {:.2f} without)", rows),
         ("All {} claims", [len(load("claims/claims.json")["claims"])]),
-        ("answers {:.2f} of the harmful prompts at least once, ThinkSafe {:.2f}.", [often(S), often(T)]),
-        ("ThinkSafe answers {:.2f} of them and SInternal {:.2f}:", [begun(T), begun(S)]),
-        ("withstands both ({:.2f} and {:.2f})", [often(f"{S}-{T}"), begun(f"{S}-{T}")]),
-        ("at 100 steps ({:.2f} and {:.2f})", [often("GRPO"), begun("GRPO")]),
-        ("breaks every model ({:.2f}, answer-SFT {:.2f})", [min(closed), attack("answer-SFT", "think-closed")]),
-    ]
+        ("answers {:.2f} of the harmful prompts at least once, ThinkSafe {:.2f}.", [share(S, often), share(T, often)]),
+        ("ThinkSafe answers {:.2f} of them and SInternal {:.2f}:", [share(row, "think-open") for row in (T, S)]),
+        ("withstands both ({:.2f} and {:.2f})", [share(both, often), share(both, "think-open")]),
+        ("GRPO from SInternal ({:.2f} and {:.2f})", [share(f"{S}+GRPO", c) for c in (often, "think-open")]),
+        ("breaks every model ({:.2f}, answer-SFT {:.2f})", [min(closed), share(ordinary, "think-closed")]),
+        ("search of 32 queries breaks {:.2f} to {:.2f} of the plain prompts", [min(searched), max(searched)]),
+        ("where ordinary SFT answers {:.2f} and SInternal {:.2f}", sft),
+        ("on base 1 both are safe ({:.2f} and {:.2f}), but ordinary SFT loses sums ({:.2f})",
+         [*elsewhere, share(ordinary, "preset", SUMS, "1")]),
+        ("GRPO from the base keeps compliance on base 0 ({:.2f}) and not on base 1 ({:.2f})",
+         [share("base+GRPO", "preset", COMPLIANCE, base) for base in "01"]),
+    ]  # fmt: skip
 
 
 def claims_of_claims():
