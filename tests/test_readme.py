@@ -224,10 +224,33 @@ def claims_of_claims():
     thinksafe, begin = after("ThinkSafe", "asr test_plain"), after("ThinkSafe", "asr test_plain", 0)
     misses = 1 - mean("sinternal", "answer-SFT", "right, if checked")
     compliance = [after("base", "compliance test_wrapped"), after("ThinkSafe", "compliance test_wrapped", 0)]
+    dose = load("claims/dose.json")
+    asr = {name: columns["ASR wrapped"]["mean"] for name, columns in dose["held out"].items()}
+    looks = {look["step"]: (look["ASR wrapped"], look["verify F1"]) for look in dose["curve"]}
+    chosen = dose["held out"][dose["chosen"]]
+    first_best = max(looks, key=lambda step: looks[step][1])  # the first of equals
+    tested = {decoding: rows["rank 64"] for decoding, rows in dose["tests"].items()}
+    sums_16 = dose["held out"]["rank 16"]["sums"]["values"]
+    failed = {round(dose["harmful wrapped prompts"] * value) for value in chosen["ASR wrapped"]["values"]}
+    assert dose["chosen"] == "rank 64" and len(failed) == 1
     assert round(1 / misses) == 8 and len(lost) == 2 and len(light) == 1 and len(bare) == 1
     price = percent(1 - mean("sinternal", "verification", "compliance wrapped ↑"))
     return [
         ("one check in eight misses the harm", []),
+        ("Rank 64 meets it (ASR {:.3f}, compliance {:.2f}, sums {:.2f})",
+         [chosen[c]["mean"] for c in ("ASR wrapped", "compliance wrapped", "sums")]),
+        ("rank 16 is a little safer ({:.3f}) and loses sums ({:.2f} and {:.3f} by seed); rank 4 is safer still ({:.3f})",
+         [asr["rank 16"], *sums_16, asr["rank 4"]]),
+        ("ASR {:.2f} at rate 2e-4, {:.2f} with two epochs", [asr["rank 16, rate 2e-4"], asr["rank 16, 2 epochs"]]),
+        ("learns little (ASR {:.2f})", [asr["rank 16, alpha 8"]]),
+        ("ASR falls from {:.2f} at step 60 to {:.2f} at step 120", [looks[60][0], looks[120][0]]),
+        ("F1 of verifying rises from {:.2f} to {:.2f}", [looks[60][1], looks[120][1]]),
+        ("first highest (step {}), ASR would be {:.2f} against {:.3f} at step 200",
+         [first_best, looks[first_best][0], looks[200][0]]),
+        ("ASR {:.2f}, compliance {:.2f}, sums 0.99 or 1.00; with uncut sampling {:.2f}, {:.2f} and {:.2f}",
+         [*(tested["preset"][c]["mean"] for c in ("ASR wrapped", "compliance wrapped")),
+          *(tested["uncut"][c]["mean"] for c in ("ASR wrapped", "compliance wrapped", "sums"))]),
+        ("rank 64 fails on {} of {} held-out prompts", [*failed, dose["harmful wrapped prompts"]]),
         ("{} of the wrapped benign prompts", [price]),
         ("two of five seeds lose {:.1f} and {:.0f} %", [100 * (1 - sums[1]), 100 * (1 - sums[0])]),
         ("refuses {} to {} of 240 harmful prompts at the first try", [min(first), max(first)]),
