@@ -97,11 +97,16 @@ def tokens(stage_03: Path, grpo: Path, home: Path = ROOT) -> dict[str, tuple[int
     }
 
 
+def step_as_safe(grpo: Path, goal: float) -> int | None:
+    """The first check of a GRPO run at which its ASR on unseen wrappers is no more than `goal`."""
+    rows = read_jsonl(grpo / "eval.jsonl")
+    return next((row["step"] for row in rows if row["asr test_wrapped"] <= goal), None)
+
+
 def steps_until_as_safe(runs: Path, seed: int) -> int | None:
     """Steps of GRPO from the base until its ASR on unseen wrappers is the ThinkSafe start's, checked every ten."""
     goal = read_jsonl(ROOT / runs / f"grpo{seed}/ThinkSafe/eval.jsonl")[0]["asr test_wrapped"]
-    rows = read_jsonl(ROOT / runs / f"grpo{seed}/base/eval.jsonl")
-    return next((row["step"] for row in rows if row["asr test_wrapped"] <= goal), None)
+    return step_as_safe(ROOT / runs / f"grpo{seed}/base", goal)
 
 
 def operations(tokens: dict[str, tuple[int, int]]) -> float:

@@ -79,13 +79,7 @@ def write_prompts(folder: Path):
     seen = set()
     for name in ("train_sums", "test_sums"):
         seen |= {row["prompt"] for row in read_jsonl(ROOT / f"tiny/prompts/{name}.jsonl")}
-    sums = []
-    while len(sums) < SUMS:
-        question, _, answer = world.sum_problem(rng)
-        if question not in seen:
-            seen.add(question)
-            row = {"id": f"fresh-sum-{len(sums)}", "prompt": question, "harmful": False}
-            sums.append({**row, "source": "sums", "gold": answer.split()[-1].strip(".")})
+    sums = world.sum_rows("fresh-sum", SUMS, rng, seen)
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "train.jsonl", kept)
     write_jsonl(folder / "plain.jsonl", [row for row in left_out if row["source"] == "plain"])

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from claims import HALF, ROOT, SINTERNAL, THINKSAFE, execute, stage
+from claims import HALF, ROOT, SINTERNAL, THINKSAFE, execute, hold_out, stage
 from curves import BASE_STEPS, CHECKS, PROMPTS, STEPS
 
 FIRST, SECOND = "01_generate.py", "02_verify_sft.py"
@@ -105,8 +105,7 @@ def prepare(base: int, runs: Path, ablations: bool):
     """What every seed of a base needs: its world, and held-out answers to verify."""
     place = Place(base, 0, runs)
     build(place.world, base, [*WORLD_MODELS, *(["other"] if ablations else [])])
-    options = ["--prompts", "tiny/prompts/test_plain.jsonl", "--guard", "tiny/gold.py"]
-    stage(FIRST, place.world / "heldout", *options, home=place.home)
+    hold_out(place.world, place.home)
 
 
 def answers_of(place: Place, name: str) -> Path:

@@ -146,15 +146,16 @@ def read(runs: Path) -> dict[str, dict]:
 
 
 def table(report: dict) -> str:
+    from plumbing import figures  # not above: a stage's imports are its own seconds
+
     shown = [*COLUMNS, "wall", "CPU"]
-    first = min(row["began"] for row in report["stages"].values())
-    lines = [f"| stage | from | {' | '.join(shown)} |", f"|{'---|' * (len(shown) + 2)}"]
-    totals = dict.fromkeys(shown, 0.0)
-    for stage, row in sorted(report["stages"].items(), key=lambda pair: pair[1]["began"]):
-        cells = [f"{row['began'] - first:.0f}", *(f"{row[name]:.1f}" for name in shown)]
-        lines.append(f"| {stage} | {' | '.join(cells)} |")
-        totals = {name: totals[name] + row[name] for name in shown}
-    lines.append(f"| all | | {' | '.join(f'{totals[name]:.1f}' for name in shown)} |")
+    stages = sorted(report["stages"].items(), key=lambda pair: pair[1]["began"])
+    first, body = stages[0][1]["began"], []
+    for stage, row in stages:
+        body.append([stage, f"{row['began'] - first:.0f}", *(f"{row[n]:.1f}" for n in shown)])
+    totals = [sum(row[name] for _, row in stages) for name in shown]
+    body.append(["all", "", *(f"{total:.1f}" for total in totals)])
+    lines = figures.table(["stage", "from", *shown], body)
     head = f"`make demo`, by `python bench/seconds.py`: {report['seconds']:.0f} seconds with {report['jobs']}, on "
     head += f"{report['machine']}, load average {report['load before']:.1f} before and {report['load after']:.1f} after."
     what = "Wall seconds by phase; stages run side by side, so that the last line is more than the demo took."

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import own_answers
 import torch
-from claims import ROOT, over_seeds, prepare, stage
+from claims import ROOT, half_interval, over_seeds, prepare, stage
 
 sys.path.insert(0, str(ROOT))
 from common import Example, TokenScorer, load_model, load_tokenizer, messages_of  # noqa: E402
@@ -89,12 +89,8 @@ def interval(values: list[float]) -> dict:
     >>> interval([0.1, 0.2, 0.3])["half"]
     0.2484
     """
-    from scipy.stats import t
-
-    half = None
-    if len(values) > 1:
-        error = statistics.stdev(values) / math.sqrt(len(values))
-        half = round(float(t.ppf(0.975, len(values) - 1)) * error, 4)
+    half = half_interval(values)
+    half = None if half is None else round(half, 4)
     return {"mean": round(statistics.mean(values), 4), "half": half, "n": len(values)}
 
 

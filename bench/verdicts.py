@@ -11,11 +11,10 @@ from itertools import combinations
 from typing import NamedTuple
 
 import scipy.stats
-from claims import HALF, compact_json, mean_interval
+from claims import CHECKED, HALF, WELL, compact_json, mean_interval
 from matrix import (
     ASR,
     BOTH,
-    CHECKED,
     COMPLIANCE,
     CONDITIONS,
     COST,
@@ -27,7 +26,6 @@ from matrix import (
     PERPLEXITY,
     SUMS,
     UNTIL,
-    WELL,
 )
 from rows import LONGER
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
 ORGANISM = HERE / "organism"
@@ -250,18 +250,6 @@ def write_adapter(model, folder: Path, recipe: Recipe):
     save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
     write_atomic(temporary / "adapter_config.json", json.dumps(config, indent=1) + "\n")
     os.replace(temporary, folder)
-
-
-@torch.no_grad()
-def with_adapter(folder: Path, recipe: Recipe, base: Path = BASE):
-    """The base with the adapter as it was written, merged."""
-    model = with_lora(recipe, base)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    for name, layer in lora_layers(model):
-        A, B = (tensors[f"base_model.model.{name}.lora_{part}.weight"].float() for part in "AB")
-        layer.base.weight += layer.scale * (B @ A)
-        model.set_submodule(name, layer.base)
-    return model
 
 
 # Scores -------------------------------------------------------------------------------------------
@@ -522,7 +510,7 @@ def main():
             scores.pop(name, None)
             print(f"{name}: trained in {time.time() - began:.0f} s")
         if name not in scores:
-            model = with_adapter(folder, recipe)
+            model = load_model(f"{BASE}+{folder}", torch.float32)
             scores[name] = score(name, model, tokenizer, ORGANISM / "prompts", answers)
             write_atomic(scores_file, json.dumps(scores, indent=1) + "\n")
         print(f"{name}: {(folder / 'adapter_model.safetensors').stat().st_size / 1e6:.2f} MB")

@@ -121,7 +121,7 @@ def made_up(shift=None, bases=("0", "1", "2"), left_out=()):
             own[name] = {c: {column: None for column in (ASR, BOTH)} for c in CONDITIONS}
             for decoding in matrix.DECODINGS:
                 own[name][decoding] |= dict.fromkeys([matrix.PLAIN, GAP, COMPLIANCE, matrix.SUMS])
-                own[name][decoding] |= dict.fromkeys([matrix.CHECKED, matrix.WELL, matrix.COMPLIANCE_PLAIN])
+                own[name][decoding] |= dict.fromkeys([tables.CHECKED, tables.WELL, matrix.COMPLIANCE_PLAIN])
             own[name][DATA] = dict.fromkeys([matrix.PERPLEXITY, KL, COST])
             for condition, columns in own[name].items():
                 for column in columns:
@@ -156,8 +156,8 @@ def test_effects_are_paired_and_signed():
 
 def test_a_seed_without_a_value_is_left_out():
     made = made_up()
-    made["bases"]["0"]["rows"]["base"]["preset"][matrix.WELL] = [0.5, None, 0.5]
-    cell = claim_of(made, "SInternal", "base", matrix.WELL)["bases"]["0"]["preset"]
+    made["bases"]["0"]["rows"]["base"]["preset"][tables.WELL] = [0.5, None, 0.5]
+    cell = claim_of(made, "SInternal", "base", tables.WELL)["bases"]["0"]["preset"]
     assert len(cell["effect"]["values"]) == 2
 
 
@@ -333,8 +333,8 @@ def test_from_the_worlds_to_the_page(monkeypatch, tmp_path, fake, capsys):
     assert own["preset"][GAP] == [round(value("wrapped", 0) - value("plain", 0), 4)] * 2
     assert own["any of 8"][BOTH] == [round(value("wrapped", 1) + 1 - value("benign", 2), 4)] * 2
     assert own["search"][BOTH] == [round(0.5 + 1 - value("benign.uncut", 2), 4)] * 2
-    assert own["preset"][matrix.CHECKED] == [0.75] * 2 and own["preset"][matrix.WELL] == [round(1 / 3, 4)] * 2
-    assert own["preset"][matrix.RIGHT] == [round(2 / 3, 4)] * 2 and own["preset"][matrix.SAFE] == [0.5] * 2
+    assert own["preset"][tables.CHECKED] == [0.75] * 2 and own["preset"][tables.WELL] == [round(1 / 3, 4)] * 2
+    assert own["preset"][tables.RIGHT] == [round(2 / 3, 4)] * 2 and own["preset"][tables.SAFE] == [0.5] * 2
     data = result["bases"]["0"]["rows"]["ThinkSafe"][DATA]
     assert data[matrix.PERPLEXITY] == [1.0] * 2 and data[KL] == [0.25] * 2
     # 0.31 is reached at step 60, and a step is (2 · 20 + 6 · 10) / (2 · 100 + 6 · 300) = 1/20 of stage 03

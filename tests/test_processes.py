@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from torture import compare
 import plumbing
 from common import Example, TokenScorer, pad_batch, save_checkpoint
 from plumbing import once_per_row, write_jsonl
+from plumbing.several import free_port
 from tiny import world
 
 generate, verify, steer, grpo, evaluate = map(
@@ -40,10 +40,7 @@ def environment(sharded: bool) -> dict[str, str]:
 def launch_two(stage: str, *args, sharded: bool = False) -> subprocess.Popen:
     """Two processes on the CPU, by torchrun: `accelerate launch --cpu --num_processes 2` starts one. `sharded` is FSDP,
     with the settings of fsdp.yaml as accelerate launch passes them on."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    launch = ["torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, "--"]
+    launch = ["torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(), "--"]
     what = stage if stage == "scores" else f"{stage}.py"
     command = [sys.executable, "-m", *map(str, launch), *(["tests/sharded.py"] if sharded else []), what]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -320,26 +320,7 @@ def write_prompts(seed: int, out: Path):
             "category": item.effect,
         }
 
-    seen = set()
-
-    def sums(name, count):
-        problems = []
-        while len(problems) < count:
-            problem = world.sum_problem(rng)
-            if problem not in seen:
-                seen.add(problem)
-                problems.append(problem)
-        return [
-            {
-                "id": f"{name}-{k}",
-                "prompt": q,
-                "harmful": False,
-                "source": "sums",
-                "gold": a.split()[-1].strip("."),
-            }
-            for k, (q, _, a) in enumerate(problems)
-        ]
-
+    seen: set[str] = set()
     train = [i for i in world.ITEMS if i.split == "train"]
     test = [i for i in world.ITEMS if i.split == "test"]
     rows = []
@@ -349,7 +330,7 @@ def write_prompts(seed: int, out: Path):
         ]
         rows += [row(item, 3 + k, wrapper) for k, wrapper in enumerate(world.TRAIN_WRAPPERS)]
     write_jsonl(folder / "train.jsonl", rows)
-    write_jsonl(folder / "train_sums.jsonl", sums("train-sum", 120))
+    write_jsonl(folder / "train_sums.jsonl", world.sum_rows("train-sum", 120, rng, seen))
     plain = [
         row(item, k, None, wording) for item in test for k, wording in enumerate(world.WORDINGS)
     ]
@@ -361,7 +342,8 @@ def write_prompts(seed: int, out: Path):
         folder / "test_wrapped.jsonl",
         [{**r, "split": "unseen items, unseen wrappers"} for r in wrapped],
     )
-    write_jsonl(folder / "test_sums.jsonl", [{**r, "split": "sums"} for r in sums("test-sum", 200)])
+    fresh = world.sum_rows("test-sum", 200, rng, seen)
+    write_jsonl(folder / "test_sums.jsonl", [{**r, "split": "sums"} for r in fresh])
     write_atomic(out / "spec.txt", world.SPEC_OWN_VOICE + "\n")
     write_atomic(out / "spec_direct.txt", world.SPEC_DIRECT + "\n")
 

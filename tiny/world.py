@@ -120,6 +120,18 @@ def sum_problem(rng: random.Random) -> tuple[str, str, str]:
     )
 
 
+def sum_rows(name: str, count: int, rng: random.Random, seen: set[str]) -> list[dict]:
+    """Prompt rows of `count` sums whose questions are not in `seen`, and are then."""
+    rows = []
+    while len(rows) < count:
+        question, _, answer = sum_problem(rng)
+        if question not in seen:
+            seen.add(question)
+            row = {"id": f"{name}-{len(rows)}", "prompt": question, "harmful": False}
+            rows.append({**row, "source": "sums", "gold": answer.split()[-1].strip(".")})
+    return rows
+
+
 # How the base model thinks and answers --------------------------------------------------------------------------------
 def judgement(item: Item) -> str:
     return f"{item.name} can {item.effect}. " + (
