@@ -143,7 +143,9 @@ def plain_folder(name: str, tokenizer, run: str):
         save_checkpoint(model, tokenizer, folder, name)
         del model
     here.wait_for_everyone()
-    yield str(folder)
-    here.wait_for_everyone()
-    if here.process_index == 0:
-        shutil.rmtree(folder if run else folder.parent)
+    try:
+        yield str(folder)
+        here.wait_for_everyone()
+    finally:  # also when the engine can't open it
+        if here.process_index == 0:
+            shutil.rmtree(folder if run else folder.parent)

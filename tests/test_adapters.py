@@ -144,6 +144,9 @@ def test_an_engine_that_reads_folders_gets_the_merged_one(two, tmp_path):
         assert end_tokens_of(folder, tokens) == end_tokens_of(plain, tokens) == end_tokens_of(name, tokens)
         plumbing.require_model(folder)
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError), plain_folder(name, load_tokenizer(name), str(tmp_path)):
+        raise OSError  # the engine can't open it
+    assert not (tmp_path / "merged").exists()
     with plain_folder("tiny/lrm", None, str(tmp_path)) as folder:
         assert folder == "tiny/lrm" and list(tmp_path.iterdir()) == []
 
