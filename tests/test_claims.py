@@ -192,6 +192,9 @@ def test_a_control_that_does_as_much_confounds():
     shift |= {("0", "half-the-rows", c, ASR): 0.4 for c in CONDITIONS}  # as few rows, as little safety
     cell = claim_of(made_up(shift), *key)["bases"]["0"]["preset"]
     assert cell["verdict"] == "confounded" == cell["after Holm"]["verdict"]
+    shift = {("0", "half-the-rows", c, ASR): 0.4 for c in CONDITIONS}  # no effect: nothing to confound
+    cell = claim_of(made_up(shift), *key)["bases"]["0"]["preset"]
+    assert cell["verdict"] == "does not" == cell["after Holm"]["verdict"]
 
 
 def test_holm_is_over_the_column_of_base_0():
@@ -402,6 +405,7 @@ def test_a_group_alone_keeps_the_other_rows(monkeypatch, tmp_path, fake):
     core = run_matrix(monkeypatch, tmp_path, "--bases", "0", "--seeds", "2", "--groups", "core")["bases"]["0"]
     assert {*core["rows"]} == {"base", *rows.CORE, matrix.UNTIL}
     shutil.rmtree(tmp_path / "runs")  # figures outlive the runs
+    (tmp_path / f"runs/world0/seed0/{rows.LONGER}").mkdir(parents=True)
     fake.asked.clear()
     words = ["--bases", "0", "--groups", "ablations", "--seeds"]
     both = run_matrix(monkeypatch, tmp_path, *words, "2")["bases"]["0"]
