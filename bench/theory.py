@@ -386,8 +386,12 @@ def show(cell: dict, digits: int = 2) -> str:
     return f"{mean} ± {cell['half']:.{digits}f}"
 
 
-def said(cell: dict, digits: int = 2) -> str:
-    return f"{show(cell, digits)}: **{cell['verdict']}**"
+def said(cell: dict) -> str:
+    return f"{show(cell)}: **{cell['verdict']}**"
+
+
+def section(title: str, head: list[str], body: list[list[str]], note: str) -> list[str]:
+    return [f"## {title}", "", *markdown_table(head, body), "", note, ""]
 
 
 def acceptance_section(found: dict) -> list[str]:
@@ -406,7 +410,7 @@ def acceptance_section(found: dict) -> list[str]:
         f"accepted without steering: {near_0}."
     )
     head = ["responses accepted", *(f"{kind}, {guard}" for guard in GUARDS for kind in KINDS)]
-    return ["## Acceptance", "", *markdown_table(head, body), "", note]
+    return section("Acceptance", head, body, note)
 
 
 def tilt_section(found: dict) -> list[str]:
@@ -423,7 +427,7 @@ def tilt_section(found: dict) -> list[str]:
         f"{pairs}. Texts that none of {DRAWS['plain'].harmful} plain draws wrote: "
         f"{show(found['guard']['texts that no plain draw wrote'])} of the steered ones (guard)."
     )
-    return ["", "## Label-only tilt", "", *markdown_table(head, body), "", note]
+    return section("Label-only tilt", head, body, note)
 
 
 def excess_section(found: dict) -> list[str]:
@@ -432,20 +436,16 @@ def excess_section(found: dict) -> list[str]:
         for writer in [writer for writer in WRITERS if f"{writer}|all|{kind}" in found]:
             cells = [found[f"{writer}|{guard}|{kind}"] for guard in ("all", *GUARDS)]
             texts = [f"{show(c['per response'], 1)} ({show(c['per token'])})" for c in cells]
-            last = cells[1]
-            if "more than own" in last:
-                words = f"more than own by {said(last['more than own'])}; more than 0: "
-            else:
-                words = "is 0: "
-            words += f"**{last['per token']['verdict']}**"
+            own = cells[1].get("more than own")
+            words = f"more than own by {said(own)}; more than 0: " if own else "is 0: "
+            words += f"**{cells[1]['per token']['verdict']}**"
             body.append([f"{WRITERS[writer]}, {kind}", *texts, words])
     head = ["whose", "all", "filtered by the guard", "by the gold rule", "filtered by the guard"]
     note = (
         "KL(q ‖ π) of all responses, KL(q_A ‖ π_A) of the accepted ones, nats per response (per token). π: the base "
         "model on the plain prompt. Of benign prompts, the model's own are plain ones, and their KL is 0."
     )
-    title = "## Excess KL of a writer's responses"
-    return ["", title, "", *markdown_table(head, body), "", note]
+    return section("Excess KL of a writer's responses", head, body, note)
 
 
 def moves_section(found: dict, seeds: int) -> list[str]:
@@ -460,27 +460,25 @@ def moves_section(found: dict, seeds: int) -> list[str]:
         shares = [show(one[f"accepted|{kind}"]) for kind in KINDS]
         body.append([name, *cells, " / ".join(shares)])
     head = [f"KL({d.replace('||', '‖')}), {kind}" for d in DIRECTIONS for kind in KINDS]
-    lines = markdown_table(["row", *head, "accepted, harmful / benign"], body)
     note = (
         f"Nats per response on plain training prompts at T = 1, over {seeds} seeds of training and sampling; accepted: "
         "by the gold rule. Words: is it more than ThinkSafe's by more than the margin, per token? The least: "
         "KL(π_A ‖ π) = −log π(A), with the gold rule's A."
     )
-    return ["", "## KL to the start", "", *lines, "", note]
+    return section("KL to the start", ["row", *head, "accepted, harmful / benign"], body, note)
 
 
 def own_section(found: dict, seeds: int) -> list[str]:
     head = list(found["effects"])
     body = [[name, *(show(columns[c]) for c in head)] for name, columns in found["rows"].items()]
     body.append(["own better", *(said(effect) for effect in found["effects"].values())])
-    lines = markdown_table(["verified answers", *head], body)
     note = (
         f"Over {seeds} seeds, on the same prompts and as many rows of both, by seed [harmful, benign] prompts "
         f"{json.dumps([one['prompts']['both'] for one in found['counts']])} and [kept, dropped] critiques "
         f"{json.dumps([one['critiques'][own_answers.ROWS[0]] for one in found['counts']])}. Labels and critiques by "
         "the gold rule; F1 on held-out answers of the base model."
     )
-    return ["", "## Own answers or another model's", "", *lines, "", note]
+    return section("Own answers or another model's", ["verified answers", *head], body, note)
 
 
 def page(result: dict) -> str:
@@ -494,35 +492,28 @@ def page(result: dict) -> str:
         f"{MARGIN} (shares; nats per token), **does not** if below, else **undecided**. No difference or 0: inside "
         f"±{MARGIN}, outside, else undecided."
     )
-    return "\n".join([*lines, "", rule]) + "\n"
+    return "\n".join([*lines, rule]) + "\n"
 
 
 # The figure -----------------------------------------------------------------------------------------------------------
 def panels_of(result: dict) -> list[tuple]:
     """(title, labels, {name of a colour: a cell for each label}) of each panel."""
-    found, tilted = result["acceptance"], result["tilt"]["guard"]
+    shares, models = result["acceptance"]["shares"], result["moves"]["models"]
     names = ["plain", "steered", "plain, T = 0.6", "steered, T = 0.6"]
-    shares = {kind: [found["shares"][f"{name}|guard|{kind}"] for name in names] for kind in KINDS}
-    word = found["effects"]["guard|harmful"]["verdict"]
-    panels = [(f"responses that the filter accepts\nsteering accepts more: {word}", names, shares)]
-
-    likely = {name: [tilted["means"][f"{name}, per token"]] for name in ("plain", "steered")}
-    title = f"label-only tilt: {tilted['per token']['verdict']}\nnats per token, plain prompt"
-    panels.append((title, ["accepted responses"], likely))
-
-    by_guard = {}
+    accepted = {kind: [shares[f"{name}|guard|{kind}"] for name in names] for kind in KINDS}
+    by_guard, ways = {}, {}
     for guard, words in (("all", "all"), ("guard", "accepted by the guard"), ("gold", "by gold")):
         cells = [result["excess"][f"{writer}|{guard}|harmful"] for writer in WRITERS]
         by_guard[words] = [cell["per response"] for cell in cells]
-    panels.append(("KL to the model, harmful prompts\nnats per response", list(WRITERS), by_guard))
-
-    ways, models = {}, result["moves"]["models"]
     for direction in DIRECTIONS:
         for kind in KINDS:
             cells = [one[f"{direction}|{kind}"] for one in models.values()]
             ways[f"KL({direction.replace('||', '‖')}), {kind}"] = cells
-    title = "KL to the start, nats per response\ndashed: the least of a safe model, harmful"
-    return [*panels, (title, list(models), ways)]
+    return [
+        ("responses that the filter accepts", names, accepted),
+        ("KL to the base model, harmful prompts, nats per response", list(WRITERS), by_guard),
+        ("KL to the start, nats per response\ndashed: the least if safe", list(models), ways),
+    ]
 
 
 def figure(result: dict, path: Path):
@@ -533,8 +524,7 @@ def figure(result: dict, path: Path):
     import matplotlib.pyplot as plt
 
     colors = ["tab:red", "tab:blue", "lightcoral", "lightblue"]
-    widths = {"width_ratios": [4, 1.6, 4, 5], "layout": "constrained"}
-    fig, axes = plt.subplots(1, 4, figsize=(17, 4.2), **widths)
+    fig, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     for axis, (title, labels, groups) in zip(axes, panels_of(result)):
         width = 0.8 / len(groups)
         for k, ((name, cells), color) in enumerate(zip(groups.items(), colors)):
