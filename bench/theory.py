@@ -12,7 +12,7 @@ are not. Write pi for the base model at temperature 1 without cuts, q for whoeve
   excess       KL(q_A || pi_A) = E[log q(y | x) - log pi(y | x) | A] - log q(A) + log pi(A), 0 for the model's own
                steered responses?
   moves        KL(trained || start) and KL(start || trained) of every trained model; no safe one can be nearer than
-               KL(pi_A || pi) = -log pi(A)
+               KL(pi_A || pi) = -log pi(A), and none with a share of safe responses nearer than KL of the shares
   own          bench/own_answers.py
 
 Rows are trained as in bench/rows.py, in the same folders. Writes results/claims/theory.json, .md and .png;
@@ -32,7 +32,7 @@ import own_answers
 import rows
 import torch
 from claims import ROOT, compact_json, mean_interval
-from verdicts import APPEARS, DOES_NOT, MARGIN, UNDECIDED, p_values, verdict_of
+from verdicts import MARGIN, verdict_on
 
 from common import Example, TokenScorer, load_model, load_tokenizer, messages_of
 from common import micro_batches, pad_batch, render_chat
@@ -75,28 +75,11 @@ OWN_DRAWS = Draws("", False, 2, 2)  # of a trained model
 DIRECTIONS = ("trained || start", "start || trained")
 
 
-# Intervals and verdicts -----------------------------------------------------------------------------------------------
-def verdict(effect: list[float], claim: str) -> str:
-    """By the rule of bench/verdicts.py, on "more": the effect is more than the margin, or "none": it is less than the
-    margin in either direction.
-
-    >>> verdict([0.2, 0.21, 0.22], "more"), verdict([0.0, 0.01, 0.02], "more"), verdict([0.0, 0.1, 0.2], "more")
-    ('appears', 'does not', 'undecided')
-    >>> verdict([0.2, 0.21, 0.22], "none"), verdict([0.0, 0.01, 0.02], "none"), verdict([0.0, 0.1, 0.2], "none")
-    ('does not', 'appears', 'undecided')
-    """
-    if claim == "more":
-        return verdict_of(*p_values(effect, MARGIN))
-    both = [verdict_of(*p_values(side, -MARGIN)) for side in (effect, [-e for e in effect])]
-    if both == [APPEARS, APPEARS]:
-        return APPEARS
-    return DOES_NOT if DOES_NOT in both else UNDECIDED
-
-
+# Intervals -----------------------------------------------------------------------------------------------
 def interval(values: list[float], claim: str = "") -> dict:
-    """Mean of independent values with its 95 % t-interval, and the verdict on a claim about them."""
+    """Mean of independent values with its 95 % t-interval, and the verdict of bench/verdicts.py on a claim."""
     values = [round(value, 4) for value in values]
-    return mean_interval(values) | ({"verdict": verdict(values, claim)} if claim else {})
+    return mean_interval(values) | ({"verdict": verdict_on(values, claim)} if claim else {})
 
 
 def over_items(values: dict[str, float], claim: str = "") -> dict:
@@ -342,8 +325,21 @@ def moved(place: rows.Place) -> dict[str, dict[str, float]]:
     return figures
 
 
+def kl_of_shares(trained: float, start: float) -> float:
+    """KL of two Bernoulli distributions in nats. A model that is accepted in the share `trained` is at least so far from
+    one accepted in the share `start`, also with shares that are means over prompts: KL is convex.
+
+    >>> round(kl_of_shares(1.0, 0.25), 4), round(kl_of_shares(0.5, 0.25), 4), kl_of_shares(0.25, 0.25)
+    (1.3863, 0.1438, 0.0)
+    """
+    pairs = ((trained, start), (1 - trained, 1 - start))
+    return sum(p * math.log(p / q) for p, q in pairs if p)
+
+
 def moves(by_seed: list[dict], everything: dict) -> dict:
     """Over seeds; "more than ThinkSafe's": paired by seed, in nats per token."""
+    plain = [one for one in everything["plain"].values() if one["harmful"]]
+    base = statistics.mean(statistics.mean(one["gold"]) for one in plain)
     models = {}
     for name in TRAINED:
         models[name] = {
@@ -352,13 +348,15 @@ def moves(by_seed: list[dict], everything: dict) -> dict:
         for key in [key for key in models[name] if key.endswith(", per token")]:
             more = [one[name][key] - one["ThinkSafe"][key] for one in by_seed]
             models[name][f"{key}, more than ThinkSafe's"] = interval(more, "more")
+        shares = [one[name]["accepted|harmful"] for one in by_seed]
+        models[name]["least"] = interval([kl_of_shares(share, base) for share in shares])
     least = {}
     for kind, harmful in KINDS.items():
         prompts = {i: p["gold"] for i, p in everything["plain"].items() if p["harmful"] is harmful}
         least[kind] = over_items(
             {i: -log_rate(sum(a), len(a)) for i, a in prompts.items() if any(a)}
         )
-    return {"models": models, "the least that a safe model can move": least}
+    return {"models": models, "least": least}
 
 
 # 5. Own answers -------------------------------------------------------------------------------------------------------
@@ -440,7 +438,7 @@ def excess_section(found: dict) -> list[str]:
             words = f"more than own by {said(own)}; more than 0: " if own else "is 0: "
             words += f"**{cells[1]['per token']['verdict']}**"
             body.append([f"{WRITERS[writer]}, {kind}", *texts, words])
-    head = ["whose", "all", "filtered by the guard", "by the gold rule", "filtered by the guard"]
+    head = ["whose", "all", "filtered by the guard", "by the gold rule", "verdict (guard)"]
     note = (
         "KL(q ‖ π) of all responses, KL(q_A ‖ π_A) of the accepted ones, nats per response (per token). π: the base "
         "model on the plain prompt. Of benign prompts, the model's own are plain ones, and their KL is 0."
@@ -450,22 +448,23 @@ def excess_section(found: dict) -> list[str]:
 
 def moves_section(found: dict, seeds: int) -> list[str]:
     columns = [f"{direction}|{kind}" for direction in DIRECTIONS for kind in KINDS]
-    least = found["the least that a safe model can move"]
-    body = [["the least, if safe", show(least["harmful"]), show(least["benign"]), "", "", ""]]
+    least = [show(found["least"][kind]) for kind in KINDS]
+    body = [["a safe model at the least", least[0], *least, "", "", ""]]
     for name, one in found["models"].items():
-        cells = []
+        cells = [show(one["least"])]
         for column in columns:
             word = one[f"{column}, per token, more than ThinkSafe's"]["verdict"]
             cells.append(show(one[column]) + ("" if name == "ThinkSafe" else f", {word}"))
         shares = [show(one[f"accepted|{kind}"]) for kind in KINDS]
         body.append([name, *cells, " / ".join(shares)])
     head = [f"KL({d.replace('||', '‖')}), {kind}" for d in DIRECTIONS for kind in KINDS]
+    head = ["row", "at the least, harmful", *head, "accepted, harmful / benign"]
     note = (
         f"Nats per response on plain training prompts at T = 1, over {seeds} seeds of training and sampling; accepted: "
-        "by the gold rule. Words: is it more than ThinkSafe's by more than the margin, per token? The least: "
-        "KL(π_A ‖ π) = −log π(A), with the gold rule's A."
+        "by the gold rule. Words: is it more than ThinkSafe's by more than the margin, per token? At the "
+        "least: KL(trained ‖ start) of any model that is accepted as often; KL(π_A ‖ π) = −log π(A) if always."
     )
-    return section("KL to the start", ["row", *head, "accepted, harmful / benign"], body, note)
+    return section("KL to the start", head, body, note)
 
 
 def own_section(found: dict, seeds: int) -> list[str]:
@@ -535,7 +534,7 @@ def figure(result: dict, path: Path):
         axis.set_xticks(range(len(labels)), texts, fontsize=8)
         axis.set_title(title, fontsize=10)
         axis.legend(fontsize=8)
-    least = result["moves"]["the least that a safe model can move"]["harmful"]["mean"]
+    least = result["moves"]["least"]["harmful"]["mean"]
     axes[-1].axhline(least, color="black", linestyle="--", linewidth=1)
     axes[-1].set_yscale("log")
     fig.savefig(path, dpi=110)

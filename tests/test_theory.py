@@ -195,10 +195,13 @@ def test_excess_by_hand():
 
 def test_what_the_start_moves_least_is_what_its_filter_costs():
     models = {name: {f"{d}|harmful, per token": 1.0 for d in theory.DIRECTIONS} for name in theory.TRAINED}
+    for share, own in zip((0.25, 0.5, 1.0, 1.0, 1.0), models.values()):
+        own["accepted|harmful"] = share
     models["base+GRPO"]["trained || start|harmful, per token"] = 1.2
     everything = {"plain": {"a-0": one([], [], [True, False, False, False]), "b-0": one([], [], [True], harmful=False)}}
     result = theory.moves([models, models], everything)
-    least = result["the least that a safe model can move"]
+    least = result["least"]
+    assert [result["models"][name]["least"]["mean"] for name in theory.TRAINED[:3]] == [0.0, 0.1438, 1.3863]
     assert (
         least["harmful"]["mean"] == pytest.approx(-math.log(1 / 4) - 3 / 8, abs=1e-4) and least["benign"]["mean"] == 0
     )
@@ -229,8 +232,8 @@ def test_verdict_rule(low, high, more, none):
     """Three values whose 95 % interval is (low, high), by Student's quantile of two degrees of freedom."""
     mean, spread = (low + high) / 2, (high - low) / 2 * 3**0.5 / 4.302653
     values = [mean - spread, mean, mean + spread]
-    assert (theory.verdict(values, "more"), theory.verdict(values, "none")) == (more, none)
-    assert theory.verdict([low], "more") == theory.verdict([low], "none") == "undecided"
+    assert (theory.verdict_on(values, "more"), theory.verdict_on(values, "none")) == (more, none)
+    assert theory.verdict_on([low], "more") == theory.verdict_on([low], "none") == "undecided"
 
 
 # Own answers ----------------------------------------------------------------------------------------------------------
