@@ -75,7 +75,7 @@ OWN_DRAWS = Draws("", False, 2, 2)  # of a trained model
 DIRECTIONS = ("trained || start", "start || trained")
 
 
-# Intervals -----------------------------------------------------------------------------------------------
+# Intervals ------------------------------------------------------------------------------------------------------------
 def interval(values: list[float], claim: str = "") -> dict:
     """Mean of independent values with its 95 % t-interval, and the verdict of bench/verdicts.py on a claim."""
     values = [round(value, 4) for value in values]
@@ -523,7 +523,7 @@ def figure(result: dict, path: Path):
     import matplotlib.pyplot as plt
 
     colors = ["tab:red", "tab:blue", "lightcoral", "lightblue"]
-    fig, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    fig, axes = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
     for axis, (title, labels, groups) in zip(axes, panels_of(result)):
         width = 0.8 / len(groups)
         for k, ((name, cells), color) in enumerate(zip(groups.items(), colors)):
@@ -533,7 +533,7 @@ def figure(result: dict, path: Path):
         texts = [label.replace(", ", "\n").replace("-", "-\n") for label in labels]
         axis.set_xticks(range(len(labels)), texts, fontsize=8)
         axis.set_title(title, fontsize=10)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
     least = result["moves"]["least"]["harmful"]["mean"]
     axes[-1].axhline(least, color="black", linestyle="--", linewidth=1)
     axes[-1].set_yscale("log")
