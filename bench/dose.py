@@ -186,7 +186,7 @@ def measured(evaluation: Path, decoding: str = "") -> dict[str, float]:
     return {name: round(values[key], 4) for name, key in columns.items() if key in values}
 
 
-def over_seeds(evaluations: list[Path], decoding: str = "") -> dict[str, dict]:
+def intervals(evaluations: list[Path], decoding: str = "") -> dict[str, dict]:
     """{heading: mean, half a 95 % interval, values} of the evaluations that have finished."""
     finished = [path for path in evaluations if (path / "summary.txt").exists()]
     columns = [measured(path, decoding) for path in finished]
@@ -201,12 +201,12 @@ def read_all(runs: Path) -> dict:
         fail(f"{here}/base has no finished run; run this without --finished first")
     held_out, tests = {}, {"preset": {}, "uncut": {}}
     for name in RECIPES:
-        columns = over_seeds([here / f"seed{s}/{folder_of(name)}/eval" for s in SEEDS])
+        columns = intervals([here / f"seed{s}/{folder_of(name)}/eval" for s in SEEDS])
         held_out |= {name: columns} if columns else {}
     for name, (seeds, _) in TESTED.items():
         paths = [here / f"all{s}/{folder_of(name)}/eval" for s in seeds]
         for decoding, suffix in {"preset": "", "uncut": ".uncut"}.items():
-            columns = over_seeds(paths, suffix)
+            columns = intervals(paths, suffix)
             tests[decoding] |= {name: columns} if columns else {}
     curve = []
     for step in steps_of(here / "curve"):
@@ -216,7 +216,7 @@ def read_all(runs: Path) -> dict:
     least = {name: base[name] for name in LEAST}
     means = {n: {h: one["mean"] for h, one in c.items()} for n, c in held_out.items()}
     harmful = sum(row["harmful"] for row in read_jsonl(here / "prompts/wrapped.jsonl"))
-    results = {"harmful wrapped prompts": harmful, "base": over_seeds([here / "base"])}
+    results = {"harmful wrapped prompts": harmful, "base": intervals([here / "base"])}
     results |= {"held out": held_out, "chosen": choose(means, least)}
     return {**results, "tests": tests, "curve": curve}
 

@@ -1,15 +1,16 @@
 """Where every row of bench/rows.py is measured, under every condition, by base model and seed:
 
-    python bench/matrix.py --bases 0     # core rows and ablations
-    python bench/matrix.py --bases 1 2   # the shorter list; the worlds are built first
-    python bench/verdicts.py             # what that says of every claim
+    python bench/matrix.py --bases 0                      # core rows and ablations
+    python bench/matrix.py --bases 1 2                    # the shorter list; the worlds are built first
+    python bench/matrix.py --bases 0 --groups ablations   # these alone: the base's other rows stay
+    python bench/verdicts.py                              # what that says of every claim
 
 All rows alike, by stage 05 and the gold rule. Harmful prompts of unseen items in unseen wrappers
 are answered at the preset's decoding and at temperature 1 without cuts, 8 answers each, and at the
 preset's with a thinking that the attacker begins (2 answers). Benign prompts, plain ones and sums
 have 2 answers under both decodings. *Search* is bench/attack.py: is a prompt broken within 32
 queries by best-of-n or by a suffix? Two places (a base and a seed) at a time; the same command goes
-on where it stopped, and others' bases stay. Writes results/claims/matrix.json, a value per seed,
+on where it stopped, and other bases stay. Writes results/claims/matrix.json, a value per seed,
 rows.md and rows.png. `--show` writes those two again from matrix.json.
 """
 
@@ -24,7 +25,7 @@ import rows
 from claims import ROOT, checks, compact_json, execute, mean_interval, read_jsonl, stage
 from curves import BASE_STEPS, operations, step_as_safe, tokens
 
-from plumbing import run_stage, write_atomic, write_jsonl
+from plumbing import fail, run_stage, write_atomic, write_jsonl
 from plumbing.figures import table as markdown_table
 
 OUT = ROOT / "results/claims"
@@ -157,13 +158,18 @@ def relative_cost(place: rows.Place, goal: float) -> float:
     return 1 / (operations(counted) * max(1, BASE_STEPS if steps is None else steps))
 
 
-def measure(ablations: list[int], place: rows.Place) -> dict:
+def groups_of(base: int, wanted: list[str]) -> list[str]:
+    """The groups of rows to measure on a base: those that are wanted, else all that it has."""
+    return wanted or (["core"] if base else ["core", "ablations"])
+
+
+def measure(wanted: list[str], place: rows.Place) -> dict:
     """{row: {condition: {column: value}}} of a base and a seed, trained and evaluated first."""
-    groups = {"core": ["base", *(rows.SHORT if place.base else rows.CORE)]}
-    if place.base in ablations:
-        groups["ablations"] = list(rows.ABLATIONS)
-    measured = {}
-    for group, names in groups.items():
+    core = ["base", *(rows.SHORT if place.base else rows.CORE)]
+    names_of, measured = {"core": core, "ablations": list(rows.ABLATIONS)}, {}
+    groups = groups_of(place.base, wanted)
+    for group in groups:
+        names = names_of[group]
         for name in names:
             rows.train(place, name)
         evaluate(place, group, names)
@@ -171,7 +177,7 @@ def measure(ablations: list[int], place: rows.Place) -> dict:
         for name in names:
             if data := of_data(place, name):
                 measured[name][DATA] = data
-    if place.run(rows.LONGER).exists():
+    if "core" in groups and place.run(rows.LONGER).exists():
         cost = relative_cost(place, measured["ThinkSafe"]["T = 1"][ASR])
         measured["ThinkSafe"][DATA][COST] = cost
         measured[UNTIL] = {DATA: {COST: 1.0}}
@@ -267,7 +273,8 @@ def main():
     )
     add = parser.add_argument
     add("--bases", type=int, nargs="+", default=[0, 1, 2], help="base models, 0: the committed one")
-    add("--ablations", type=int, nargs="*", default=[0], help="bases that have the ablations too")
+    words = "only these rows; others of the base stay (default: core, and ablations on base 0)"
+    add("--groups", nargs="+", default=[], choices=("core", "ablations"), help=words)
     add("--seeds", type=int, default=3, choices=range(1, 11), help="how many, from 0")
     add("--jobs", type=int, default=2, help="places at a time, each on one core")
     add("--runs", type=Path, default=ROOT / "runs/claims", help="where the run folders go")
@@ -276,6 +283,12 @@ def main():
     file = OUT / "matrix.json"
     matrix = json.loads(file.read_text()) if file.exists() else {"bases": {}}
     if not options.show:
+        stay = {str(base): {} for base in options.bases}  # rows of theirs that are not measured now
+        for base in stay if options.groups else []:
+            old = matrix["bases"].get(base, {"seeds": options.seeds, "rows": {}})
+            if old["seeds"] != options.seeds:
+                fail(f"the rows of base {base} have {old['seeds']} seeds: --seeds {old['seeds']}")
+            stay[base] = old["rows"]
         runs = options.runs.resolve()
         places = []
         for base in options.bases:
@@ -283,14 +296,14 @@ def main():
         from transformers import AutoTokenizer  # noqa: F401 - two threads can't import it at once
 
         with ThreadPoolExecutor(options.jobs) as pool:
-            wanted = [(base, runs, base in options.ablations) for base in options.bases]
-            list(pool.map(lambda one: rows.prepare(*one), wanted))
+            groups = [(base, groups_of(base, options.groups)) for base in options.bases]
+            list(pool.map(lambda one: rows.prepare(one[0], runs, "ablations" in one[1]), groups))
             for base in options.bases:
                 split_prompts(rows.Place(base, 0, runs))
-            measured = list(pool.map(partial(measure, options.ablations), places))
+            measured = list(pool.map(partial(measure, options.groups), places))
         for base in options.bases:
             own = [one for one, place in zip(measured, places) if place.base == base]
-            world = {"seeds": options.seeds, "rows": by_seed(own)}
+            world = {"seeds": options.seeds, "rows": stay[str(base)] | by_seed(own)}
             matrix["bases"][str(base)] = world
         matrix["bases"] = dict(sorted(matrix["bases"].items()))
         write_atomic(file, compact_json(matrix))

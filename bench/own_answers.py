@@ -9,17 +9,16 @@ rows train on the same prompts with the same number of answers. bench/theory.py 
 import importlib
 import json
 import re
-import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from claims import ROOT, measured, stage
+from rows import Place
 
-sys.path.insert(0, str(ROOT))
-from plumbing import fail, read_jsonl, read_stage_01, write_jsonl  # noqa: E402
-from tiny import gold, world  # noqa: E402
+from plumbing import fail, read_jsonl, read_stage_01, write_jsonl
+from tiny import gold, world
 
 PORT = 18_710  # fixed: a run that goes on must find the expert under the same name
 ROWS = ("own-equal", "other-equal")
@@ -101,38 +100,39 @@ def pair(runs: dict[str, Path], out: Path) -> dict:
         harmful = [row["harmful"] for row, _ in rows]
         return [sum(harmful), len(harmful) - sum(harmful)]
 
-    whole = {name: usable(ROOT / run) for name, run in runs.items()}
+    whole = {name: usable(run) for name, run in runs.items()}
     shared = set.intersection(*(set(rows) for rows in whole.values()))
     counts = {name: sizes(rows.values()) for name, rows in whole.items()}
     for name, rows in whole.items():
         kept = [pair for row_id, pair in rows.items() if row_id in shared]
         counts["both"] = sizes(kept)
-        folder = ROOT / out / name
+        folder = out / name
         folder.mkdir(parents=True, exist_ok=True)
         write_jsonl(folder / "responses.jsonl", [row for row, _ in kept])
         write_jsonl(folder / "labels.jsonl", [labels for _, labels in kept])
     return counts
 
 
-def run_seed(runs: Path, expert: str, seed: int) -> dict:
+def run_seed(place: Place, expert: str) -> dict:
     """{"counts", "kept": {row: [critiques kept, dropped]}, "scores": {row: {heading: value}}} of one seed."""
-    folder, answers = runs / f"own{seed}", {}
-    for name, model in (("own", "tiny/lrm"), ("other", runs / "other")):
+    folder, answers = place.run("own-answers"), {}
+    for name, model in (("own", "tiny/lrm"), ("other", place.world / "other")):
         answers[name] = folder / f"01-{name}"
-        options = ["--seed", seed, "--model", model, "--guard", "tiny/gold.py"]
+        options = ["--seed", place.seed, "--model", model, "--guard", "tiny/gold.py"]
         stage("01_generate.py", answers[name], *options)
     counts = pair(answers, folder / "same")
     kept = {}
     for name in ROWS:
         responses = folder / "same" / name.removesuffix("-equal")
-        options = ["--responses", responses, "--heldout", runs / "heldout", "--expert", expert]
-        stage("02_verify_sft.py", folder / name, "--seed", seed, *options)
-        files = [ROOT / folder / name / f"{part}.jsonl" for part in ("train", "dropped")]
+        heldout = place.world / "heldout"
+        options = ["--responses", responses, "--heldout", heldout, "--expert", expert]
+        stage("02_verify_sft.py", folder / name, "--seed", place.seed, *options)
+        files = [folder / name / f"{part}.jsonl" for part in ("train", "dropped")]
         kept[name] = [len(read_jsonl(file)) for file in files]
     if kept[ROWS[0]] != kept[ROWS[1]]:
         fail(f"{folder}: not as many rows of the one as of the other: {kept}")
     models = [f"{name}={folder / name}/checkpoint" for name in ROWS]
     test = ["--verify_test", folder / "own-equal/verify_test.jsonl", "--judges", "tiny/gold.py"]
-    stage("05_eval.py", folder / "05", "--seed", seed, "--models", *models, *test)
-    scores = {name: measured(ROOT / folder / "05", name, ROOT / folder / name) for name in ROWS}
+    stage("05_eval.py", folder / "05", "--seed", place.seed, "--models", *models, *test)
+    scores = {name: measured(folder / "05", name, folder / name) for name in ROWS}
     return {"counts": counts, "kept": kept, "scores": scores}

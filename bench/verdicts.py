@@ -171,6 +171,22 @@ def verdict_of(above: float, below: float) -> str:
     return DOES_NOT if below < ALPHA else UNDECIDED
 
 
+def verdict_on(effect: list[float], claim: str) -> str:
+    """On a claim of "more", by more than the margin, or of "none": less than it in either direction.
+
+    >>> [verdict_on([mean - 0.01, mean, mean + 0.01], "more") for mean in (0.2, 0.06, 0.0)]
+    ['appears', 'undecided', 'does not']
+    >>> [verdict_on([mean - 0.01, mean, mean + 0.01], "none") for mean in (0.0, 0.06, 0.2)]
+    ['appears', 'undecided', 'does not']
+    """
+    if claim == "more":
+        return verdict_of(*p_values(effect, MARGIN))
+    both = {verdict_of(*p_values(side, -MARGIN)) for side in (effect, [-e for e in effect])}
+    if both == {APPEARS}:
+        return APPEARS
+    return DOES_NOT if DOES_NOT in both else UNDECIDED
+
+
 def holm(p_values: list[float]) -> list[float]:
     """p-values corrected by Holm's step-down method for the number of them.
 

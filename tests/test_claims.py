@@ -192,6 +192,9 @@ def test_a_control_that_does_as_much_confounds():
     shift |= {("0", "half-the-rows", c, ASR): 0.4 for c in CONDITIONS}  # as few rows, as little safety
     cell = claim_of(made_up(shift), *key)["bases"]["0"]["preset"]
     assert cell["verdict"] == "confounded" == cell["after Holm"]["verdict"]
+    shift = {("0", "half-the-rows", c, ASR): 0.4 for c in CONDITIONS}  # no effect: nothing to confound
+    cell = claim_of(made_up(shift), *key)["bases"]["0"]["preset"]
+    assert cell["verdict"] == "does not" == cell["after Holm"]["verdict"]
 
 
 def test_holm_is_over_the_column_of_base_0():
@@ -353,7 +356,7 @@ def test_from_the_worlds_to_the_page(monkeypatch, tmp_path, fake, capsys):
 
 def test_how_the_rows_are_trained_and_asked(monkeypatch, tmp_path, fake):
     monkeypatch.setattr(rows, "SHORT", list(rows.CORE))  # on another base, whose paths say where a stage is started
-    run_matrix(monkeypatch, tmp_path, "--bases", "2", "--seeds", "1", "--ablations", "2")
+    run_matrix(monkeypatch, tmp_path, "--bases", "2", "--seeds", "1", "--groups", "core", "ablations")
     world = tmp_path / "runs/world2"
     (builds, places) = ([a for a in fake.asked if a[0] == "build.py"], [a for a in fake.asked if a[0] != "build.py"])
     [(_, built, _)] = builds
@@ -396,6 +399,22 @@ def test_what_has_finished_is_not_run_again_and_other_bases_stay(monkeypatch, tm
     assert len(fake.asked) == count + 1
     both = run_matrix(monkeypatch, tmp_path, "--bases", "2", "--seeds", "1")
     assert both["bases"]["1"] == first["bases"]["1"] and list(both["bases"]) == ["1", "2"]
+
+
+def test_a_group_alone_keeps_the_other_rows(monkeypatch, tmp_path, fake):
+    core = run_matrix(monkeypatch, tmp_path, "--bases", "0", "--seeds", "2", "--groups", "core")["bases"]["0"]
+    assert {*core["rows"]} == {"base", *rows.CORE, matrix.UNTIL}
+    shutil.rmtree(tmp_path / "runs")  # figures outlive the runs
+    (tmp_path / f"runs/world0/seed0/{rows.LONGER}").mkdir(parents=True)
+    fake.asked.clear()
+    words = ["--bases", "0", "--groups", "ablations", "--seeds"]
+    both = run_matrix(monkeypatch, tmp_path, *words, "2")["bases"]["0"]
+    assert {*both["rows"]} == {*core["rows"], *rows.ABLATIONS} and len(both["rows"]["with-KL"]["preset"][ASR]) == 2
+    assert {name: both["rows"][name] for name in core["rows"]} == core["rows"]
+    measured = [words for script, words, _ in fake.asked if script in ("05_eval.py", "attack.py")]
+    assert len(measured) == 10 and not any("ThinkSafe+GRPO" in " ".join(words) for words in measured)
+    with pytest.raises(SystemExit, match="have 2 seeds: --seeds 2"):  # rows are paired by seed
+        run_matrix(monkeypatch, tmp_path, *words, "1")
 
 
 def test_grpo_goes_on_from_a_copy(tmp_path):

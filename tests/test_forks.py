@@ -83,6 +83,20 @@ def test_cispo_by_numpy_on_a_ragged_batch(fork):
     assert clipped.tolist() == [True, False, False, False, True, False, False, False]
 
 
+FOUR = ("--updates_per_batch", 4)
+
+
+@pytest.mark.parametrize("name, control, options, more", [
+    ("gspo", "grpo-4-updates", FOUR, ("--loss", "grpo", "--clip_low", 3e-4, "--clip_high", 4e-4)),  # the paper's range
+    ("cispo", "dapo-4-updates", (*FOUR, "--loss", "dapo"), ("--clip_high", 4.0)),
+])  # fmt: skip
+def test_a_loss_and_its_control_differ_in_the_loss(fork, monkeypatch, name, control, options, more):
+    runs = []
+    monkeypatch.setattr(table, "run", lambda row, stage, *words: runs.append((row, stage.surrogate.__module__, words)))
+    runpy.run_path(f"forks/{name}.py", run_name="__main__")
+    assert runs == [(control, "04_grpo", options), (name, "__main__", (*options, *more))]
+
+
 def test_an_unknown_mean_is_refused(fork):
     kept = torch.ones(2, dtype=torch.bool)
     with pytest.raises(SystemExit, match="^error: --loss gspo: no such mean over tokens; grpo, dapo or dr_grpo$"):
@@ -351,3 +365,9 @@ def test_the_forks_readme_quotes_the_table():
         in text
     )
     assert value("checks-rewarded", ASR) < value("GRPO", ASR)
+    four = [value(name, F1) for name in ("grpo-4-updates", "gspo", "dapo-4-updates", "cispo")]
+    expected = "F1 {} before, then {} and {} (GSPO), {} and {} (CISPO)".format(value("base", F1), *four)
+    assert expected in " ".join(text.split()) and f"(GRPO with one update: {value('GRPO', ASR)})" in text
+    for name in ("grpo-4-updates", "gspo", "dapo-4-updates", "cispo"):
+        assert value(name, ASR) == "0.00" and rows[name]["0"]["compliance wrapped ↑"] > 0.99
+        assert rows[name]["0"]["compliance plain ↑"] > 0.99 and rows[name]["0"]["sums ↑"] > 0.99

@@ -236,6 +236,7 @@ def claims_of_claims():
     assert round(1 / misses) == 8 and len(lost) == 2 and len(light) == 1 and len(bare) == 1
     price = percent(1 - mean("sinternal", "verification", "compliance wrapped ↑"))
     return [
+        *claims_of_theory(),
         ("one check in eight misses the harm", []),
         ("Rank 64 meets it (ASR {:.3f}, compliance {:.2f}, sums {:.2f})",
          [chosen[c]["mean"] for c in ("ASR wrapped", "compliance wrapped", "sums")]),
@@ -263,6 +264,53 @@ def claims_of_claims():
         ("{:.2f} → {:.2f} ± {:.2f} on plain prompts", [begin["mean"], thinksafe["mean"], thinksafe["half"]]),
         ("a compliance of {:.2f} on wrapped prompts; ThinkSafe, sampled at temperature 1, is at {:.2f}",
          [cell["mean"] for cell in compliance]),
+    ]  # fmt: skip
+
+
+def claims_of_theory():
+    result = load("claims/theory.json")
+    shares, tilt, models = result["acceptance"]["shares"], result["tilt"]["guard"], result["moves"]["models"]
+
+    def accepted(name, kind="harmful"):
+        return shares[f"{name}|guard|{kind}"]["mean"]
+
+    def excess(writer, guard="guard"):
+        return result["excess"][f"{writer}|{guard}|harmful"]["per response"]["mean"]
+
+    def moved(name, kind="harmful"):
+        return models[name][f"trained || start|{kind}"]["mean"]
+
+    rows, gains = result["own"]["rows"].values(), result["own"]["effects"]
+    asr = [gains[f"ASR {kind} ↓"] for kind in ("wrapped", "plain")]
+    assert shares["plain|guard|harmful"]["verdict"] == tilt["per token"]["verdict"] == "does not"
+    assert result["excess"]["steered|guard|harmful"]["per token"]["verdict"] == "does not"
+    assert result["excess"]["expert|guard|harmful"]["more than own"]["verdict"] == "appears"
+    assert moved("ThinkSafe") == pytest.approx(
+        excess("steered", "gold") + models["ThinkSafe"]["least"]["mean"], abs=0.5
+    )
+    taught = ("answer-SFT", "expert-answers")
+    assert {int(moved(name)) for name in taught} == {33} and min(moved(name, "benign") for name in taught) > 38
+    assert "appears" not in [gain["verdict"] for gain in gains.values()] and result["seeds"] == 3
+    return [
+        ("{:.2f} are accepted with it and {:.2f} without", [accepted("steered"), accepted("plain")]),
+        ("decoding {:.2f} and {:.2f}", [accepted(f"{name}, T = 0.6") for name in ("steered", "plain")]),
+        ("lose by it, {:.2f} to {:.2f}", [accepted(name, "benign") for name in ("plain", "steered")]),
+        ("of {:.3f} a token, plain and accepted ones {:.3f}",
+         [tilt["means"][f"{name}, per token"]["mean"] for name in ("steered", "plain")]),
+        ("those texts ({:.2f}) was", [1 - tilt["texts that no plain draw wrote"]["mean"]]),
+        ("is {:.1f} instead of 0", [excess("steered")]),
+        ("responses {:.1f} before the filter and {:.1f} after it", [excess("expert", "all"), excess("expert")]),
+        ("with the same knowledge {:.1f} and {:.1f}", [excess("other", "all"), excess("other")]),
+        ("moves by {:.1f} on harmful prompts, where {:.2f} would", [moved("ThinkSafe"), models["ThinkSafe"]["least"]["mean"]]),
+        ("SInternal moves by {:.1f} (enough: {:.2f})", [moved("SInternal"), models["SInternal"]["least"]["mean"]]),
+        ("the base by {:.2f} (enough: {:.2f})", [moved("base+GRPO"), models["base+GRPO"]["least"]["mean"]]),
+        ("less often, {:.2f} and {:.2f} against {:.2f}",
+         [models[name]["accepted|harmful"]["mean"] for name in ("SInternal", "base+GRPO", "ThinkSafe")]),
+        ("ThinkSafe does by {:.2f}, GRPO by {:.2f}, SInternal by {:.2f}",
+         [moved(name, "benign") for name in ("ThinkSafe", "base+GRPO", "SInternal")]),
+        ("by {:.2f} ± {:.2f} on wrapped prompts and by {:.2f} ± {:.2f} on plain ones",
+         [gain[part] for gain in asr for part in ("mean", "half")]),
+        ("equally well (F1 {:.2f} and {:.2f})", [row["verify F1 ↑"]["mean"] for row in rows]),
     ]  # fmt: skip
 
 

@@ -8,12 +8,14 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from conftest import ROOT, next_token_log_probs, rows
 
 sys.path.insert(0, str(ROOT / "bench"))
 import own_answers  # noqa: E402
 import theory  # noqa: E402
+from rows import Place  # noqa: E402
 
 from common import Example, messages_of, render_chat  # noqa: E402
 from engines.server import Endpoint  # noqa: E402
@@ -108,8 +110,8 @@ def test_divergence_is_the_writer_s_to_the_reader_s():
 def test_log_probs_are_those_of_a_plain_forward_pass(model, tokenizer, tmp_path):
     """A steered response: "log_prob" under the steered prompt that was read, score() under the plain one."""
     prompts = [row for row in rows(ROOT / "tiny/prompts/train.jsonl") if row["harmful"]][:3]
-    draws = theory.Draws("tiny/lrm", True, 4, 0)
-    drawn = theory.draw(tmp_path / "a", prompts, draws, 0, "steered")
+    draws = theory.Draws("lrm", True, 4, 0)
+    drawn = theory.draw(tmp_path / "a", prompts, "tiny/lrm", draws, 0, "steered")
     assert [row["id"] for row in drawn] == [row["id"] for row in prompts]
     assert [row["prompt"] for row in drawn] == [row["prompt"] for row in prompts]  # the guard sees no steering
     plain = theory.plain_examples(tokenizer, drawn)
@@ -127,7 +129,7 @@ def test_log_probs_are_those_of_a_plain_forward_pass(model, tokenizer, tmp_path)
             assert next(scores)[0] == pytest.approx(expected[1], abs=2e-3)
             gaps.append(expected[0] - expected[1])
     assert max(gaps) > 1  # the two prompts are not the same to it
-    again = theory.draw(tmp_path / "a", prompts, draws, 1, "steered")  # what is there is not drawn again
+    again = theory.draw(tmp_path / "a", prompts, "tiny/lrm", draws, 1, "steered")  # what is there is not drawn again
     assert again == drawn
 
 
@@ -167,11 +169,10 @@ def test_tilt_pairs_accepted_responses_to_the_same_prompt():
         "d-0": one([], [-2.0], [True], harmful=False),
     }
     result = theory.tilt(plain, steered, "guard")
-    assert result["harmful prompts with both"] == 2
+    assert result["prompts"] == 2
     # a: (-2 + -3) / 2 against (-1/2 + -1) / 2; b: -1 against -1
     assert result["per token"]["mean"] == pytest.approx((-2.5 + 0.75) / 2)
     assert result["per response"]["mean"] == pytest.approx(((-7 + 2) + (-2 + 4)) / 2)
-    assert result["distinct texts"]["mean"] == pytest.approx(((1 - 0.5) + 0) / 2)
     assert result["texts that no plain draw wrote"]["mean"] == pytest.approx((0.5 + 1) / 2)
 
 
@@ -194,15 +195,19 @@ def test_excess_by_hand():
 
 def test_what_the_start_moves_least_is_what_its_filter_costs():
     models = {name: {f"{d}|harmful, per token": 1.0 for d in theory.DIRECTIONS} for name in theory.TRAINED}
-    models["GRPO"]["trained || start|harmful, per token"] = 1.2
+    for share, own in zip((0.25, 0.5, 1.0, 1.0, 1.0), models.values()):
+        own["accepted|harmful"] = share
+    models["base+GRPO"]["trained || start|harmful, per token"] = 1.2
     everything = {"plain": {"a-0": one([], [], [True, False, False, False]), "b-0": one([], [], [True], harmful=False)}}
     result = theory.moves([models, models], everything)
-    least = result["the least that a safe model can move"]
+    least = result["least"]
+    assert [result["models"][name]["least"]["mean"] for name in theory.TRAINED[:3]] == [0.0, 0.1438, 1.3863]
     assert (
         least["harmful"]["mean"] == pytest.approx(-math.log(1 / 4) - 3 / 8, abs=1e-4) and least["benign"]["mean"] == 0
     )
-    assert result["models"]["GRPO"]["trained || start|harmful, per token"]["verdict"] == "appears"
-    assert result["models"]["SInternal"]["trained || start|harmful, per token"]["verdict"] == "does not"
+    key = "trained || start|harmful, per token, more than ThinkSafe's"
+    assert result["models"]["base+GRPO"][key]["verdict"] == "appears"
+    assert result["models"]["SInternal"][key]["verdict"] == "does not"
 
 
 # Intervals and verdicts -----------------------------------------------------------------------------------------------
@@ -212,8 +217,7 @@ def test_intervals_are_over_items():
     half = 4.302653 * items.std(ddof=1) / 3**0.5  # Student's t, 2 degrees of freedom
     found = theory.over_items(prompts)
     assert (found["mean"], found["half"]) == (pytest.approx(items.mean(), abs=1e-4), pytest.approx(half, abs=1e-4))
-    assert (found["n"], found["prompts"]) == (3, 6)
-    assert theory.interval([1.0])["half"] is None
+    assert found["values"] == [0.5, 1.0, 0.1] and "verdict" not in found
 
 
 @pytest.mark.parametrize("low, high, more, none", [
@@ -225,9 +229,11 @@ def test_intervals_are_over_items():
     (-0.30, 0.04, "does not", "undecided"),
 ])  # fmt: skip
 def test_verdict_rule(low, high, more, none):
-    effect = {"mean": (low + high) / 2, "half": (high - low) / 2}
-    assert (theory.verdict(effect, "more"), theory.verdict(effect, "none")) == (more, none)
-    assert theory.verdict({"mean": low, "half": None}, "more") == "undecided"
+    """Three values whose 95 % interval is (low, high), by Student's quantile of two degrees of freedom."""
+    mean, spread = (low + high) / 2, (high - low) / 2 * 3**0.5 / 4.302653
+    values = [mean - spread, mean, mean + spread]
+    assert (theory.verdict_on(values, "more"), theory.verdict_on(values, "none")) == (more, none)
+    assert theory.verdict_on([low], "more") == theory.verdict_on([low], "none") == "undecided"
 
 
 # Own answers ----------------------------------------------------------------------------------------------------------
@@ -330,42 +336,55 @@ def invented_scores(seed: int) -> dict:
     return {"counts": {"own": [90, 240], "other": [80, 240], "both": [70, 240]}, "kept": kept, "scores": scores}
 
 
-def test_the_page_from_measurements_to_verdicts(tmp_path):
+def test_the_page_from_measurements_to_verdicts(monkeypatch, tmp_path):
     everything = invented_responses()
-    tilted = {guard: theory.tilt(everything["plain"], everything["steered"], guard) for guard in theory.GUARDS}
-    result = {"acceptance": theory.acceptance(everything), "served": theory.served(everything, "guard"), "tilt": tilted}
-    result |= {"excess": theory.excesses(everything), "seeds": 3}
-    theory.figure(result, tmp_path / "part.png")
-    assert "KL to the start" not in theory.page(result) and "Own answers" not in theory.page(result)
-    result["moves"] = theory.moves(invented_moves(), everything)
-    result["own"] = theory.own_against_other([invented_scores(seed) for seed in range(3)])
-    result = json.loads(json.dumps(result, allow_nan=False))  # as it is committed
-    theory.figure(result, tmp_path / "whole.png")
-    assert (tmp_path / "whole.png").stat().st_size > (tmp_path / "part.png").stat().st_size > 10_000
+    moved, scores = invented_moves(), [invented_scores(seed) for seed in range(3)]
+    prepared = []
+    monkeypatch.setattr(theory.rows, "prepare", lambda *words, **more: prepared.append((*words, more)))
+    monkeypatch.setattr(theory, "gather", lambda place: everything)
+    monkeypatch.setattr(theory, "moved", lambda place: moved[place.seed])
+    monkeypatch.setattr(own_answers, "PORT", 0)
+    monkeypatch.setattr(own_answers, "run_seed", lambda place, expert: scores[place.seed])
+    monkeypatch.setattr(theory, "OUT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["theory.py", "--runs", str(tmp_path)])
+    theory.main()
+    assert prepared == [(0, tmp_path, {"ablations": True})]
+    result = json.loads((tmp_path / "theory.json").read_text())
+    assert (tmp_path / "theory.png").stat().st_size > 10_000
 
-    page = theory.page(result)
-    assert all(
-        f"## {title}" in page for title in ("Acceptance", "Label-only", "Excess KL", "KL to the start", "Own answers")
-    )
+    page = (tmp_path / "theory.md").read_text()
+    titles = ("Acceptance", "Label-only", "Excess KL", "KL to the start", "Own answers")
+    assert page == theory.page(result) and all(f"## {title}" in page for title in titles)
     # tables of equal width throughout: nothing in a cell splits it
     for block in re.findall(r"(?:^\|.*\n)+", page, flags=re.M):
         assert len({line.count("|") for line in block.splitlines()}) == 1, block
     assert result["acceptance"]["effects"]["guard|harmful"]["verdict"] == "appears"
-    assert tilted["guard"]["per token"]["verdict"] == "does not"  # 8 nats over 20 tokens
+    assert result["acceptance"]["shares"]["plain|guard|harmful"]["verdict"] != "appears"  # 0.2 is not near 0
+    assert result["tilt"]["guard"]["per token"]["verdict"] == "does not"  # 8 nats over 20 tokens
     found = result["excess"]
-    assert found["steered|guard|harmful"]["verdict"] == "does not"  # not the 0 of the theory
-    assert found["expert|guard|harmful"]["verdict"] == found["expert|all|benign"]["verdict"] == "appears"
+    assert found["steered|guard|harmful"]["per token"]["verdict"] == "does not"  # not the 0 of the theory
+    for key in ("expert|guard|harmful", "expert|all|benign"):
+        assert found[key]["per token"]["verdict"] == found[key]["more than own"]["verdict"] == "appears"
     assert found["expert|all|harmful"]["more than own"]["mean"] == pytest.approx((30 - 8) / 20, abs=0.1)
-    assert "steered|guard|benign" not in found
+    assert "steered|guard|benign" not in found and "other, steered|guard|benign" not in found
     own = result["own"]["effects"]
     assert set(own) == {"ASR wrapped ↓", "sums ↑"} and own["ASR wrapped ↓"]["mean"] == pytest.approx(0.3)
     assert [own[column]["verdict"] for column in own] == ["appears", "does not"]
 
 
-def test_another_model_can_be_left_out():
-    everything = {name: value for name, value in invented_responses().items() if not name.startswith("other")}
-    assert {key.partition("|")[0] for key in theory.excesses(everything)} == {"steered", "expert"}
-    assert not [name for name in theory.acceptance(everything)["shares"] if name.startswith("other")]
+def test_rows_are_trained_once_and_asked_plainly(monkeypatch, tmp_path):
+    """Each row by bench/rows.py, with its own checkpoint asked; here all of them are the start, which has not moved."""
+    trained, place = [], Place(0, 1, tmp_path)
+    monkeypatch.setattr(theory.rows, "train", lambda place, name: trained.append((place.seed, name)))
+    monkeypatch.setattr(Place, "model", lambda self, name: "tiny/lrm")
+    prompts = [row for row in rows(ROOT / "tiny/prompts/train.jsonl") if row["source"] == "plain"]
+    monkeypatch.setattr(theory, "load_prompts", lambda files: prompts[:4] + prompts[-4:])
+    assert {row["harmful"] for row in theory.load_prompts([])} == {True, False}
+    figures = theory.moved(place)
+    assert trained == [(1, name) for name in theory.TRAINED] and list(figures) == theory.TRAINED
+    for own in figures.values():
+        assert all(abs(own[f"{way}|{kind}"]) < 1e-4 for way in theory.DIRECTIONS for kind in theory.KINDS)
+        assert own["accepted|benign"] > 0.7 and own["accepted|harmful"] < 0.7
 
 
 # What is committed ----------------------------------------------------------------------------------------------------
@@ -373,16 +392,15 @@ def test_another_model_can_be_left_out():
 def test_the_committed_page_is_what_the_script_makes():
     result = json.loads((OUT / "theory.json").read_text())
     assert (OUT / "theory.md").read_text() == theory.page(result)
-    judged = []
-
-    def walk(value):
-        if isinstance(value, dict):
-            if "verdict" in value and "half" in value:
-                judged.append(value)
-            for part in value.values():
-                walk(part)
-
-    walk(result)
-    assert len(judged) > 15
-    for effect in judged:
-        assert effect["verdict"] in {theory.verdict(effect, claim) for claim in ("more", "none")}
+    judged, todo = 0, [result]
+    while todo:
+        value = todo.pop()
+        todo += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+        if isinstance(value, dict) and "verdict" in value:
+            low, high = scipy.stats.ttest_1samp(value["values"], 0).confidence_interval(0.95)
+            more = "appears" if low > 0.05 else "does not" if high < 0.05 else "undecided"
+            none = "appears" if -0.05 < low and high < 0.05 else "undecided"
+            none = "does not" if low > 0.05 or high < -0.05 else none
+            assert np.ptp(value["values"]) < 1e-9 or value["verdict"] in (more, none)
+            judged += 1
+    assert judged > 30
