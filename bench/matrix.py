@@ -231,14 +231,14 @@ def rows_page(matrix: dict) -> str:
 
 
 def figure(rows_of_base: dict, path: Path):
-    """A heat map of the committed base: a line for each row, a column for each attack; what is kept
-    of benign prompts and sums beside them."""
+    """A heat map of the committed base: a line for each core row, a column for each attack; what is
+    kept of benign prompts and sums beside them."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [name for name, conditions in rows_of_base.items() if "preset" in conditions]
+    names = [name for name in ("base", *rows.CORE) if name in rows_of_base]
     attacks = [heading for heading, (_, column) in SHOWN.items() if column == ASR]
     others = [heading for heading in SHOWN if heading not in attacks]
     panels = {

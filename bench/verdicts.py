@@ -6,7 +6,6 @@ better" and -0.05 for "is kept". Writes claims.md, claims.json and claims.png be
 """
 
 import json
-import math
 from itertools import combinations
 from typing import NamedTuple
 
@@ -40,7 +39,6 @@ CONFOUNDED, NOT_RUN, NOT_MEASURED = "confounded", "not run", "–"
 # what is measured under every attack, at both decodings, or of the run alone
 UNDER = {ASR: CONDITIONS, BOTH: CONDITIONS}
 UNDER |= dict.fromkeys((PERPLEXITY, KL, COST), [DATA])
-IN_TABLES = {"verification": "SInternal"}  # name in a table of bench/claims.py -> name of the row
 
 
 class Claim(NamedTuple):
@@ -120,9 +118,9 @@ CLAIMS = [
     Claim(WE, "verification rows make GRPO safer", ASR, "verification-rows+GRPO", "base+GRPO"),
 ]  # fmt: skip
 NOTES = f"""Effect: the paired difference (same seed, same test prompts) at the preset's decoding on base 0 ± half its
-95 % t-interval over {{}} seeds, positive = better; †: from the tables (five seeds, rank 16, GRPO's rows at T = 1). One
-rule for all: the bar is {MARGIN} for a difference and -{MARGIN} for something *kept*; **appears**: the interval lies above the bar, **does not**: below it, **undecided**: neither.
-**confounded**: it appears, but not if the control replaces this row. After Holm: the same, with the one-sided p-values
+95 % t-interval over {{}} seeds, positive = better. One rule for all: the bar is {MARGIN} for a difference and
+-{MARGIN} for something *kept*; **appears**: the interval lies above the bar, **does not**: below it, **undecided**:
+neither. **confounded**: it appears, but not if the control replaces this row. After Holm: the same, with the one-sided p-values
 of paired t-tests against the bar (above it for *appears*, below it for *does not*, 2.5 % each) corrected for all
 {{}} claims of the column, base 0 at the preset's decoding. Every other column is uncorrected.
 
@@ -246,28 +244,6 @@ def add_holm(claims: list[dict]):
         cell["after Holm"] = {"verdict": word, "above": p_above, "below": p_below}
 
 
-# Rows of the tables -------------------------------------------------------------------------------
-def rows_of_tables() -> dict:
-    """{row: {condition: {column: a value per seed}}} of the tables of bench/claims.py and
-    bench/curves.py: base 0, the paper's rank, the preset's decoding, GRPO's rows at T = 1."""
-    rows = {}
-    for table in ("sinternal", "thinksafe"):
-        for name, columns in json.loads((OUT / f"{table}.json").read_text())["table"].items():
-            own = {heading: cell["values"] for heading, cell in columns.items()}
-            pairs = zip(own[ASR], own[COMPLIANCE], strict=True)
-            cells = {ASR: own[ASR], BOTH: [asr + 1 - answered for asr, answered in pairs]}
-            data = {}
-            if "KL to base" in own and name != "base":
-                data[KL] = own["KL to base"]
-                data[PERPLEXITY] = list(map(math.log, own["perplexity of the data"]))
-            rows.setdefault(IN_TABLES.get(name, name), {}).update({"preset": cells, DATA: data})
-    curves = json.loads((OUT / "grpo.json").read_text())
-    for name, curve in curves["curves"].items():
-        last = curve["asr test_wrapped"][str(curves["steps"])]["values"]
-        rows.setdefault(grpo(name), {})["T = 1"] = {ASR: last}
-    return rows
-
-
 # One word for all ---------------------------------------------------------------------------------
 AXES = ("decoding", "attack", "base model")
 PLACES = {  # condition -> its decoding, its attack
@@ -317,21 +293,18 @@ def one_word(verdicts: dict[tuple[str, str], str]) -> str:
     return f"depends on {', '.join(axes)}"
 
 
-def all_claims(matrix: dict, tables: dict) -> list[dict]:
-    """Every claim with its verdicts by base and condition, and one word. Where the matrix has not
-    both rows on base 0, the tables have: what they measured is judged by the same rule."""
+def all_claims(matrix: dict) -> list[dict]:
+    """Every claim with its verdicts by base and condition, and one word."""
     claims = []
     for claim in CLAIMS:
-        bases, from_tables = {}, False
+        bases = {}
         for base in BASES:
             rows = matrix["bases"].get(base, {"rows": {}})["rows"]
-            if base == "0" and not {claim.ours, claim.other} <= rows.keys():
-                rows, from_tables = tables, True
             bases[base] = {c: judged(claim, rows, c) for c in claim.conditions}
         words = {(b, c): cell["verdict"] for b, cells in bases.items() for c, cell in cells.items()}
         run = [c for c, cell in bases["0"].items() if cell["verdict"] != NOT_RUN]
         first = run[0] if run else claim.conditions[0]
-        own = {**claim._asdict(), "bar": claim.bar, "first": first, "from tables": from_tables}
+        own = {**claim._asdict(), "bar": claim.bar, "first": first}
         claims.append({**own, "bases": bases, "word": one_word(words)})
     add_holm(claims)
     return claims
@@ -366,8 +339,7 @@ def first_table(claims: list[dict]) -> list[str]:
             if said == CONFOUNDED:
                 control = show(cell["effect of the control"])
                 said += f" by the {claim['cause']}: {control} for {claim['control']}"
-            mark = " †" if claim["from tables"] else ""
-            line += [show(cell["effect"]) + mark, said, cell["after Holm"]["verdict"]]
+            line += [show(cell["effect"]), said, cell["after Holm"]["verdict"]]
         body.append([*line, f"**{in_all(claim)}**"])
     return markdown_table(head, body)
 
@@ -444,7 +416,7 @@ def main():
     if not file.exists():
         fail(f"no {file}: run python bench/matrix.py first")
     matrix = json.loads(file.read_text())
-    claims = all_claims(matrix, rows_of_tables())
+    claims = all_claims(matrix)
     text = page_of(claims, matrix)
     write_atomic(OUT / "claims.md", text)
     result = {"margin": MARGIN, "claims": claims}

@@ -133,9 +133,7 @@ def made_up(shift=None, bases=("0", "1", "2"), left_out=()):
 
 
 def claim_of(made, ours, other, column):
-    [claim] = [
-        c for c in verdicts.all_claims(made, {}) if (c["ours"], c["other"], c["column"]) == (ours, other, column)
-    ]
+    [claim] = [c for c in verdicts.all_claims(made) if (c["ours"], c["other"], c["column"]) == (ours, other, column)]
     return claim
 
 
@@ -174,7 +172,7 @@ def test_a_claim_that_turns_round_depends():
 
 def test_what_was_not_run_stays_visible():
     made = made_up(bases=("0", "1"), left_out=("verdict-only", "with-KL"))
-    claims = verdicts.all_claims(made, {})
+    claims = verdicts.all_claims(made)
     gone = [claim for claim in claims if "verdict-only" in claim.values() or "with-KL" in claim.values()]
     assert len(gone) == 2 and {claim["word"] for claim in gone} == {"not run"}
     assert all(claim["bases"]["2"][claim["first"]] == {"verdict": "not run"} for claim in claims)
@@ -207,7 +205,7 @@ def test_holm_is_over_the_column_of_base_0():
     clear = claim_of(made, "ThinkSafe", "base", ASR)["bases"]["0"]["preset"]
     assert weak["verdict"] == "appears" and weak["after Holm"]["verdict"] == "undecided"
     assert clear["verdict"] == "appears" == clear["after Holm"]["verdict"]
-    cells = [claim["bases"]["0"][claim["first"]] for claim in verdicts.all_claims(made, {})]
+    cells = [claim["bases"]["0"][claim["first"]] for claim in verdicts.all_claims(made)]
     assert len(cells) == len(verdicts.CLAIMS)
     assert [cell["after Holm"]["above"] for cell in cells] == verdicts.holm([cell["above"] for cell in cells])
 
@@ -457,7 +455,7 @@ needs_matrix = pytest.mark.skipif(not (OUT / "matrix.json").exists(), reason="no
 @needs_matrix
 def test_committed_pages_are_what_the_scripts_write():
     result = json.loads((OUT / "matrix.json").read_text())
-    claims = verdicts.all_claims(result, verdicts.rows_of_tables())
+    claims = verdicts.all_claims(result)
     assert json.loads((OUT / "claims.json").read_text())["claims"] == json.loads(json.dumps(claims))
     assert (OUT / "claims.md").read_text() == verdicts.page_of(claims, result)
     assert (OUT / "rows.md").read_text() == matrix.rows_page(result)
@@ -474,8 +472,6 @@ def test_every_committed_verdict_by_scipy():
                 if cell["verdict"] in ("not run", "confounded"):
                     continue
                 own = result["bases"][base]["rows"]
-                if claim["from tables"] and base == "0":
-                    own = verdicts.rows_of_tables()
                 pair = [own[name][condition][claim["column"]] for name in (claim["ours"], claim["other"])]
                 pair = [(a, b) for a, b in zip(*pair) if None not in (a, b)]
                 effect = np.array([a - b for a, b in pair]) * (-1 if "↓" in claim["column"] else 1)

@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import methods  # noqa: E402
 import one_prompt  # noqa: E402
 import readme  # noqa: E402
+from rows import CORE  # noqa: E402
 
 PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in readme.pages()}
 LINKING = {**PAGES, "tiny/README.md": (ROOT / "tiny/README.md").read_text()}
@@ -175,7 +176,7 @@ def claims_of_readme():
     for column in (2, 3):  # ASR falls further than under the guard's reward
         assert numbers(fork, "checks-rewarded", column + 1) < numbers(demo, "GRPO", column)
     matrix = load("claims/matrix.json")["bases"]["0"]["rows"]
-    rows_asked = [row for row in matrix if "think-closed" in matrix[row]]
+    rows_asked = [row for row in ("base", *CORE) if "think-closed" in matrix[row]]
     closed = [share(row, "think-closed") for row in rows_asked if ordinary not in row]
     assert min(closed) > 0.995
     searched = [share(row, "search") for row in rows_asked]
@@ -187,6 +188,7 @@ def claims_of_readme():
     equal = [row["ASR wrapped ↓"]["mean"] for row in load("claims/theory.json")["own"]["rows"].values()]
     return [
         ("ASR is {:.2f} and {:.2f}. A KL term", equal),
+        ("but for a begun thinking ({:.2f}, not {:.2f})", [share(row, "think-open") for row in ("with-KL", T)]),
         ("from {:.2f} to {:.2f}, on base 1 from {:.2f} to {:.2f} and on base 2 from {:.2f} to {:.2f}", safer),
         ("(F1 {:.2f}), and ASR stays at {:.2f}",
          [mean("sinternal", "bare-check", column) for column in ("verify F1 ↑", "ASR wrapped ↓")]),
@@ -197,13 +199,13 @@ def claims_of_readme():
         ("ASR {:.2f} to {:.2f}, compliance {:.2f}, sums {:.2f}", safe),
         ("without their thinking, compliance is {:.2f}", [mean("thinksafe", "no-reasoning", COMPLIANCE)]),
         ("takes {:.1f} ± {:.1f} times the operations of stage 03", [cost["mean"], cost["half"]]),
-        ("(ASR {:.2f} with them, {:.2f} without)", rows),
+        ("(ASR {:.2f} with, {:.2f} without)", rows),
         ("All {} claims", [len(load("claims/claims.json")["claims"])]),
         ("answers {:.2f} of the harmful prompts at least once, ThinkSafe {:.2f}.", [share(S, often), share(T, often)]),
         ("ThinkSafe answers {:.2f} of them and SInternal {:.2f}:", [share(row, "think-open") for row in (T, S)]),
         ("withstands both ({:.2f} and {:.2f})", [share(both, often), share(both, "think-open")]),
         ("GRPO from SInternal ({:.2f} and {:.2f})", [share(f"{S}+GRPO", c) for c in (often, "think-open")]),
-        ("breaks every model ({:.2f}, answer-SFT {:.2f})", [min(closed), share(ordinary, "think-closed")]),
+        ("breaks all of these ({:.2f}, answer-SFT {:.2f})", [min(closed), share(ordinary, "think-closed")]),
         ("search of 32 queries breaks {:.2f} to {:.2f} of the plain prompts", [min(searched), max(searched)]),
         ("where ordinary SFT answers {:.2f} and SInternal {:.2f}", sft),
         ("on base 1 both are safe ({:.2f} and {:.2f}), but ordinary SFT loses sums ({:.2f})",
@@ -239,6 +241,11 @@ def claims_of_claims():
     price = percent(1 - mean("sinternal", "verification", "compliance wrapped ↑"))
     return [
         *claims_of_theory(),
+        ("({:.2f} with it and {:.2f} without), and something against a begun thinking ({:.2f} and {:.2f})",
+         [share(row, where) for where in ("preset", "think-open") for row in ("with-KL", "ThinkSafe")]),
+        ("if only a little ({:.2f})", [share("expert-answers", "think-open")]),
+        ("without one ({:.2f} and {:.2f} of the prompts answered)",
+         [share(row, "think-closed") for row in ("no-reasoning", "direct-refusal")]),
         ("one check in eight misses the harm", []),
         ("Rank 64 meets it (ASR {:.3f}, compliance {:.2f}, sums {:.2f})",
          [chosen[c]["mean"] for c in ("ASR wrapped", "compliance wrapped", "sums")]),
