@@ -13,6 +13,7 @@ import time
 
 from plumbing.process import fail, stop_on_interrupt
 
+INTERRUPTED = 130  # exit status; all processes get an interrupt, and the first one says so
 PATIENCE = 2  # seconds in which the first process may say what the others would say too
 
 
@@ -64,7 +65,7 @@ def main():
         code = os.waitstatus_to_exitcode(ended)
         if code and not status:
             status = code if code > 0 else 128 - code
-            for other in children:
+            for other in children if status != INTERRUPTED else []:
                 os.kill(other, signal.SIGTERM)
     sys.exit(status)
 
