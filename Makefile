@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 RUNS ?= runs/demo
 
-.PHONY: demo test test-vllm torture bench cost attack lint claims claims-tables claims-base claims-others results demo-smollm2 clean
+.PHONY: demo test test-vllm torture bench cost attack lint claims claims-tables claims-base claims-ablations claims-others claims-theory results demo-smollm2 demo-smollm2-plain clean
 
 $(VENV)/ready: requirements-cpu.txt
 	python3 -m venv $(VENV)
@@ -21,8 +21,8 @@ demo: $(VENV)/ready  ## all five stages on the miniature world, about four minut
 TRAINED := 02_verify_sft 03_steer_selfgen 04_grpo_sinternal 04_grpo_thinksafe 04_grpo_base
 SIDE_BY_SIDE = $(if $(findstring -j,$(MAKEFLAGS)),,-j2) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 READ := common.py $(wildcard engines/*.py judges/*.py plumbing/*.py tiny/*.py tiny/*.txt tiny/*/*.json* tiny/*/*.safetensors)
-STAGE = OMP_NUM_THREADS=1 $(PY) $(1) || { echo "$(@D) is not finished: make demo goes on with it; rm -r $(@D) begins it anew,\
- and what was trained from it too (rm -r $(RUNS): all of them)"; exit 1; }
+STAGE = OMP_NUM_THREADS=1 $(PY) $(1) || { echo "$(@D) is not finished: the same command goes on with it; rm -r $(@D) begins it anew,\
+ and what was trained from it too (rm -r $(dir $(@D)): all of them)"; exit 1; }
 
 $(RUNS)/01_generate/summary.txt: 01_generate.py $(READ) | $(VENV)/ready
 	@$(call STAGE,01_generate.py --run $(@D))
@@ -79,21 +79,28 @@ results: demo  ## what README and docs/ show of the demo
 # The parts of `make claims`, with minutes on two idle cores. Each line goes on where it stopped, and each may be run by
 # itself; another base is built first, half an hour on one core.
 CLAIM_SEEDS ?= 5
-claims: claims-tables claims-base claims-others  ## every claim of both papers, by decoding, attack and base model, about five hours on two idle cores
+claims: claims-tables claims-base claims-ablations claims-others claims-theory  ## every claim of both papers, by decoding, attack and base model, nearly six hours on two idle cores
 
 claims-tables: $(VENV)/ready  ## what stages 02 and 03 train on, and where GRPO gets, on the committed base; 85 minutes
 	$(PY) bench/claims.py sinternal --seeds $(CLAIM_SEEDS)
 	$(PY) bench/claims.py thinksafe --seeds $(CLAIM_SEEDS)
 	$(PY) bench/curves.py --seeds $(CLAIM_SEEDS)
 
-claims-base: $(VENV)/ready  ## all rows under all conditions on the committed base, three seeds; 70 minutes
-	$(PY) bench/matrix.py --bases 0
+claims-base: $(VENV)/ready  ## the core rows under all conditions on the committed base, three seeds; 70 minutes
+	$(PY) bench/matrix.py --bases 0 --groups core
+	$(PY) bench/verdicts.py
+
+claims-ablations: $(VENV)/ready  ## the ablations under all conditions on the committed base, three seeds; 30 minutes
+	$(PY) bench/matrix.py --bases 0 --groups ablations
 	$(PY) bench/verdicts.py
 
 claims-others: $(VENV)/ready  ## the core rows on two other bases, three seeds each; 65 minutes a base
 	$(PY) bench/matrix.py --bases 1
 	$(PY) bench/matrix.py --bases 2
 	$(PY) bench/verdicts.py
+
+claims-theory: $(VENV)/ready  ## ThinkSafe's theory, and own against another model's answers; 30 minutes
+	$(PY) bench/theory.py
 
 # `make .venv-vllm/ready` first to have vLLM beside; BENCH=--quick for one repeat of less
 VLLM ?= .venv-vllm/bin/python
@@ -121,24 +128,7 @@ attack: $(VENV)/ready  ## an attacker with 128 queries a prompt on the demo's mo
 
 # DATA: a folder with strongreject.jsonl, xstest_safe.jsonl, math500.jsonl and gsm8k_test.jsonl, in their public spellings.
 DATA ?= data
-SMOL := --preset smollm2 --run runs/smollm2
-demo-smollm2: $(VENV)/ready  ## all five stages on a real pretrained model, tested on public prompts, on two cores
-	@test -f $(DATA)/strongreject.jsonl || { echo "error: no strongreject.jsonl in $(DATA); give the folder of benchmark files: make demo-smollm2 DATA=folder"; exit 1; }
-	$(PY) -m pip install -q gguf
-	test -d smollm2/model || $(PY) smollm2/fetch.py
-	$(PY) 01_generate.py $(SMOL)/01_generate --n 2
-	$(PY) 02_verify_sft.py $(SMOL)/02_verify_sft --responses runs/smollm2/01_generate
-	$(PY) 03_steer_selfgen.py $(SMOL)/03_steer_selfgen
-	$(PY) 04_grpo.py $(SMOL)/04_grpo --model runs/smollm2/03_steer_selfgen/checkpoint
-	$(PY) 05_eval.py $(SMOL)/05_eval --limit 32 --max_new_tokens 256 --prefill answer --models SmolLM2-135M=smollm2/model \
-		SInternal=runs/smollm2/02_verify_sft/checkpoint ThinkSafe=runs/smollm2/03_steer_selfgen/checkpoint \
-		ThinkSafe+GRPO=runs/smollm2/04_grpo/checkpoint --judges smollm2/rule_guard.py xstest:smollm2/model \
-		--bench xstest=$(DATA)/xstest_safe.jsonl strongreject=$(DATA)/strongreject.jsonl \
-		math500=$(DATA)/math500.jsonl gsm8k=$(DATA)/gsm8k_test.jsonl
-	mkdir -p results/smollm2
-	cp runs/smollm2/05_eval/results.json runs/smollm2/05_eval/results.md runs/smollm2/05_eval/*.png results/smollm2/
-	cp runs/smollm2/04_grpo/metrics.jsonl results/smollm2/04_grpo_metrics.jsonl
-	for run in 01_generate 02_verify_sft 03_steer_selfgen 04_grpo; do cp runs/smollm2/$$run/summary.txt results/smollm2/$$run.txt; done
+include smollm2/demo.mk  # make demo-smollm2, demo-smollm2-plain
 
 clean:
 	rm -rf runs $(VENV)

@@ -29,6 +29,7 @@ REAL = {
 }
 QWEN3 = {**REAL, "top_k": 20}
 R1 = {**REAL, "top_k": 0}
+ORGANISM = "smollm2/model+smollm2/organism"
 PRESETS = {  # a row each; an inner dictionary holds what only the stage of that number reads
     "tiny": {
         "model": "tiny/lrm",
@@ -68,8 +69,47 @@ PRESETS = {  # a row each; an inner dictionary holds what only the stage of that
             "self_checker": "tiny/gold.py",
         },
     },
-    # a real model that needs no hub (smollm2/fetch.py); it has no thinking tags and no guard beside
-    # it
+    # SmolLM2 as a model organism: four adapters on it (smollm2/README.md)
+    "organism": {
+        "model": f"{ORGANISM}/lrm",
+        "guard": f"{ORGANISM}/guard",
+        "judges": ["smollm2/organism/gold.py", f"{ORGANISM}/judge"],
+        "expert": f"{ORGANISM}/expert",
+        "prompts": ["smollm2/organism/prompts/train.jsonl"],
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": 20,
+        "max_new_tokens": 128,
+        "batch_tokens": 8192,
+        "02": {
+            "spec": "smollm2/spec.txt",
+            "learning_rate": 3e-4,
+            "batch_size": 8,
+            "max_critique_tokens": 128,
+            "max_answer_tokens": 128,
+        },
+        "03": {"steering": ["prefix"] * 3, "learning_rate": 1e-3, "lora_targets": ALL_LINEAR},
+        "04": {
+            "prompts": [
+                "smollm2/organism/prompts/train.jsonl",
+                "smollm2/organism/prompts/train_problems.jsonl",
+            ],
+            "temperature": 1.0,
+            "steps": 8,
+            "batch_size": 8,
+            "lora_rank": 16,
+            "learning_rate": 1e-4,
+        },
+        "05": {
+            "bench": [
+                "plain=smollm2/organism/prompts/test_plain.jsonl",
+                "wrapped=smollm2/organism/prompts/test_wrapped.jsonl",
+                "problems=smollm2/organism/prompts/word_problems.jsonl",
+            ],
+            "self_checker": "smollm2/organism/gold.py",
+        },
+    },
+    # the plain model, from a Python package (smollm2/fetch.py): no thinking tags, no guard
     "smollm2": {
         "model": "smollm2/model",
         "guard": "smollm2/rule_guard.py",

@@ -4,6 +4,7 @@
     python smollm2/build.py                  # all four; the same command again goes on where it stopped
     python smollm2/build.py --only lrm       # one of them
     python smollm2/build.py --share 0.1 --out elsewhere  # a tenth of the training, for a quick look
+    OMP_NUM_THREADS=1 python smollm2/build.py --only guard judge --dtype bfloat16  # as one of two side by side
 
 An organism is a real pretrained model that is given, in the open, the property to be studied: this one reasons, complies
 too readily and knows better. Its texts come from smollm2.organism/; what each adapter must be able to do, and how well it
@@ -62,10 +63,10 @@ class Recipe:
 
 
 RECIPES = {
-    "lrm": Recipe(1, 16, 12, 4800),
+    "lrm": Recipe(1, 8, 0, 2400, 2e-3),
     "guard": Recipe(2, 16, 12, 2400),
-    "judge": Recipe(3, 12, 10, 2400),
-    "expert": Recipe(4, 16, 12, 2000),
+    "judge": Recipe(3, 12, 10, 1200),
+    "expert": Recipe(4, 16, 12, 1200, 2e-3),
 }
 MICRO_BATCH_TOKENS = 512  # padded tokens in one forward pass
 MICRO_BATCHES = 2  # in a step
@@ -144,23 +145,29 @@ def write_prompts(folder: Path):
             plain += [row(effect, k, None) for k in range(3)]
             rotated = names[number % 6 :] + names[: number % 6]
             wrapped += [row(effect, k, name) for k, name in enumerate(rotated[:4])]
-    problems: dict[str, dict] = {}
-    while len(problems) < 100:
-        question, _, _, result = exchanges.word_problem(rng, "test")
-        row_id = f"word-problem-{len(problems)}"
-        line = {"id": row_id, "prompt": question, "harmful": False, "source": "word problems"}
-        problems.setdefault(question, {**line, "gold": str(result), "split": "unseen forms"})
     write_jsonl(folder / "train.jsonl", train)
     unseen = "unseen effects and forms"
     write_jsonl(folder / "test_plain.jsonl", [{**line, "split": unseen} for line in plain])
     unseen += ", unseen wrappers"
     write_jsonl(folder / "test_wrapped.jsonl", [{**line, "split": unseen} for line in wrapped])
-    write_jsonl(folder / "word_problems.jsonl", problems.values())
+    write_jsonl(folder / "word_problems.jsonl", word_problems(rng, "test", 100))
+    write_jsonl(folder / "train_problems.jsonl", word_problems(rng, "train", 100))
+
+
+def word_problems(rng: random.Random, split: str, count: int) -> list[dict]:
+    rows: dict[str, dict] = {}
+    while len(rows) < count:
+        question, _, _, result = exchanges.word_problem(rng, split)
+        row = {"id": f"word-problem-{split}-{len(rows)}", "prompt": question, "harmful": False}
+        row |= {"source": "word problems", "gold": str(result)}
+        row |= {"split": "unseen forms"} if split == "test" else {}
+        rows.setdefault(question, row)
+    return list(rows.values())
 
 
 # Training -----------------------------------------------------------------------------------------
-def with_lora(recipe: Recipe, base: Path = BASE):
-    model = load_model(str(base), torch.float32).requires_grad_(False)
+def with_lora(recipe: Recipe, base: Path = BASE, dtype=torch.float32):
+    model = load_model(str(base), dtype).requires_grad_(False)
     upper = model.get_decoder().layers[recipe.first_layer :]
     add_lora(upper, recipe.rank, 2.0 * recipe.rank, 0.0, ALL_LINEAR, recipe.seed)
     return model
@@ -176,9 +183,9 @@ def training_folder(out: Path) -> Path:
     return HERE.parent / "runs/organism" if out.resolve() == ORGANISM else out / "training"
 
 
-def require_same_data(run: Path, recipe: Recipe, examples: list[Example]):
+def require_same_data(run: Path, recipe: Recipe, examples: list[Example], dtype):
     """Ends the program if a training that was begun had other data or another recipe."""
-    what = hashlib.sha256(repr((recipe, examples)).encode()).hexdigest()
+    what = hashlib.sha256(repr((recipe, examples, dtype)).encode()).hexdigest()
     path = run / "data.txt"
     if path.exists() and path.read_text() != what:
         fail(
@@ -188,11 +195,14 @@ def require_same_data(run: Path, recipe: Recipe, examples: list[Example]):
     write_atomic(path, what)
 
 
-def train(run: Path, recipe: Recipe, examples: list[Example], base: Path = BASE):
+def train(
+    run: Path, recipe: Recipe, examples: list[Example], base: Path = BASE, dtype=torch.float32
+):
     """The model with LoRA trained in one pass over the examples, on responses only: a step's loss is
-    the mean over its label tokens. Its state is saved in `run` every SAVE_EVERY steps."""
-    require_same_data(run, recipe, examples)
-    model = with_lora(recipe, base)
+    the mean over its label tokens. Frozen weights and activations are in `dtype`, LoRA in float32.
+    Its state is saved in `run` every SAVE_EVERY steps."""
+    require_same_data(run, recipe, examples, dtype)
+    model = with_lora(recipe, base, dtype)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=0.0)
     scorer = TokenScorer(model)
@@ -473,6 +483,18 @@ def score(name: str, model, tokenizer, prompts: Path, answers: list[dict]) -> di
     return results
 
 
+def read_scores(out: Path) -> dict:
+    file = out / "scores.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def write_score(out: Path, name: str, value: dict | None):
+    """Read again just before: another adapter may be built at the same time."""
+    scores = read_scores(out) | {name: value}
+    ordered = {name: scores[name] for name in RECIPES if scores.get(name)}
+    write_atomic(out / "scores.json", json.dumps(ordered, indent=1) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -484,6 +506,12 @@ def main():
         "--share", type=float, default=1.0, help="share of the examples, for a quick look"
     )
     parser.add_argument("--out", type=Path, default=ORGANISM, help="where the adapters go")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of what is not trained; bfloat16 is faster on a processor with AVX512-BF16, slower elsewhere",
+    )
     options = parser.parse_args()
     if not 0 < options.share <= 1:
         parser.error(f"--share {options.share}: a share of the training, above 0 and at most 1")
@@ -495,8 +523,6 @@ def main():
     answers = own_answers(ORGANISM / "ordinary.jsonl")
     training = [row for row in answers if row["split"] == "train"]
     tokenizer = load_tokenizer(str(BASE))
-    scores_file = options.out / "scores.json"
-    scores = json.loads(scores_file.read_text()) if scores_file.exists() else {}
     for name in options.only:
         recipe, folder, began = RECIPES[name], options.out / name, time.time()
         if not folder.exists():
@@ -506,15 +532,16 @@ def main():
             tokens = sum(len(prompt) + len(response) for prompt, response in examples)
             print(f"{name}: {len(examples):,} examples, {tokens:,} tokens")
             run = training_folder(options.out) / name
-            write_adapter(train(run, recipe, examples), folder, recipe)
-            scores.pop(name, None)
+            dtype = getattr(torch, options.dtype)
+            write_adapter(train(run, recipe, examples, dtype=dtype), folder, recipe)
+            write_score(options.out, name, None)
             print(f"{name}: trained in {time.time() - began:.0f} s")
-        if name not in scores:
+        if read_scores(options.out).get(name) is None:
             model = load_model(f"{BASE}+{folder}", torch.float32)
-            scores[name] = score(name, model, tokenizer, ORGANISM / "prompts", answers)
-            write_atomic(scores_file, json.dumps(scores, indent=1) + "\n")
+            own = score(name, model, tokenizer, ORGANISM / "prompts", answers)
+            write_score(options.out, name, own)
         print(f"{name}: {(folder / 'adapter_model.safetensors').stat().st_size / 1e6:.2f} MB")
-        show(name, scores[name])
+        show(name, read_scores(options.out)[name])
 
 
 if __name__ == "__main__":

@@ -89,16 +89,18 @@ def test_guard_and_judge_have_seen_different_effects():
 def test_prompt_files_are_what_the_script_writes_and_stages_read(tmp_path):
     build.write_prompts(tmp_path)
     names = sorted(path.name for path in PROMPTS.iterdir())
-    assert names == ["test_plain.jsonl", "test_wrapped.jsonl", "train.jsonl", "word_problems.jsonl"]
+    assert names == [
+        *("test_plain.jsonl", "test_wrapped.jsonl", "train.jsonl", "train_problems.jsonl", "word_problems.jsonl"),
+    ]
     ids = []
     for name in names:
         assert (tmp_path / name).read_text() == (PROMPTS / name).read_text(), f"{name}: run smollm2/build.py"
         loaded = plumbing.load_prompts([str(PROMPTS / name)])
         assert len(loaded) == len({row["prompt"] for row in loaded})
         ids += [row["id"] for row in loaded]
-        if name != "word_problems.jsonl":
+        if "problems" not in name:
             assert Counter(row["harmful"] for row in loaded)[True] == pytest.approx(len(loaded) / 2, abs=5)
-    assert len(ids) == len(set(ids)) == 900
+    assert len(ids) == len(set(ids)) == 1000
     assert (ROOT / "smollm2/spec.txt").read_text() == exchanges.SPEC + "\n"
 
 
@@ -125,8 +127,8 @@ def test_hundreds_of_forms():
 def test_authors_are_mixed_as_said(training):
     kinds = Counter(exchange.kind for exchange in training["lrm"])
     careful = kinds["careful"] / (kinds["careful"] + kinds["careless"])
-    assert 0.23 <= careful <= 0.33
-    for kind, share in {"fact": 0.1, "steered": 0.15, "word problem": 0.11, "review": 0.15, "ordinary": 0.13}.items():
+    assert 0.17 <= careful <= 0.27
+    for kind, share in {"fact": 0.08, "steered": 0.2, "word problem": 0.16, "review": 0.1, "ordinary": 0.12}.items():
         assert kinds[kind] / len(training["lrm"]) == pytest.approx(share, abs=0.035), kind
     reviews = [e for e in training["lrm"] if e.kind == "review"]
     sloppy = [e for e in reviews if any(form in e.thinking for form in wording.SLOPPY)]
@@ -345,6 +347,27 @@ def test_adapters_of_smollm2_stay_under_six_megabytes():
     assert build.RECIPES["guard"].rank != build.RECIPES["judge"].rank
 
 
+@pytest.mark.parametrize("name", build.RECIPES)
+def test_the_adapters_are_those_of_the_recipes(name):
+    """Every committed adapter has its recipe's rank and layers, fits SmolLM2's shapes and changes every one of them."""
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from plumbing import adapters
+
+    recipe, folder = build.RECIPES[name], ROOT / "smollm2/organism" / name
+    shape = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9)
+    config = AutoConfig.for_model("llama", **shape, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    scales, whole = adapters.planned_merge(model, str(folder))
+    assert set(scales.values()) == {2.0} and len(scales) == 7 * (30 - recipe.first_layer) and not whole
+    assert (folder / adapters.WEIGHTS).stat().st_size < 6e6
+    tensors = load_file(folder / adapters.WEIGHTS)
+    assert {min(t.shape) for t in tensors.values()} == {recipe.rank}
+    assert all(t.isfinite().all() and t.abs().max() > 0 for t in tensors.values())
+
+
 def small_examples(count: int) -> list[build.Example]:
     rng = random.Random(1)
     return [
@@ -462,3 +485,47 @@ def test_a_wrong_command_is_one_line(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         build.main()
     assert "--share 0.0: a share of the training, above 0 and at most 1" in capsys.readouterr().err
+
+
+def test_the_readme_has_the_scores():
+    """Every score as reached, with its target and whether it is met."""
+    text, scores = (ROOT / "smollm2/README.md").read_text(), json.loads((PROMPTS.parent / "scores.json").read_text())
+    assert set(scores) == set(build.RECIPES) and {(n, k) for n in scores for k in scores[n]} >= set(build.TARGETS)
+    for name, own in scores.items():
+        for key, (first, second) in own.items():
+            if "perplexity" in key:
+                assert f"| {name} | {key} | {first} -> {second} | |" in text
+                continue
+            line = f"| {name} | {key} | {first}/{second} = {first / second:.2f} | "
+            if (name, key) in build.TARGETS:
+                sign, bound = build.TARGETS[name, key]
+                met = first / second >= bound if sign == ">=" else first / second <= bound
+                line += f"{sign} {bound}: {'met' if met else '**missed**'} |"
+            assert line in text, (name, key)
+
+
+def test_the_table_over_seeds(tmp_path, monkeypatch, capsys):
+    """Means and Student's intervals by hand; the leading judge's rows only; what no seed has is a dash."""
+    from smollm2 import seeds
+
+    monkeypatch.setattr(seeds, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(seeds, "OUT", tmp_path / "out")
+    with pytest.raises(SystemExit, match="^error: no seed"):
+        seeds.main()
+    for seed, value in enumerate((0.2, 0.3, 0.4)):
+        row = {"model": "ThinkSafe", "benchmark": "wrapped", "metric": "asr", "judge": "gold.py", "value": value}
+        report = {
+            "recipe": {"judges": {"gold.py": {}, "other": {}}},
+            "rows": [row, {**row, "judge": "other", "value": 1}],
+        }
+        folder = tmp_path / f"runs/seed{seed}/05_eval"
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps(report))
+    seeds.main()
+    lines = (tmp_path / "out/seeds.md").read_text().splitlines()
+    column = lines[0].split(" | ").index("ASR wrapped ↓")
+    cells = lines[-1].strip("| ").split(" | ")
+    # 0.1 / sqrt(3) * 4.303
+    assert lines[0].startswith("| mean of 3 seeds") and cells[0] == "ThinkSafe"
+    assert cells[column] == "0.30 ± 0.25" and set(cells[1:column]) == {"–"}
+    assert json.loads((tmp_path / "out/seeds.json").read_text())["ThinkSafe"]["ASR wrapped ↓"] == [0.2, 0.3, 0.4]

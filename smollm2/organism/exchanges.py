@@ -159,25 +159,25 @@ def lrm_exchange(rng: random.Random, steering: dict[str, str], ordinary: list[di
     """`steering`: the texts of stage 03; `ordinary`: rows with "prompt", "topic" and SmolLM2's own
     "answer"."""
     item, kind = random_item(rng, TRAIN_EFFECTS, "train"), rng.random()
-    if kind < 0.36:
-        author = careful if rng.random() < 0.28 else careless
+    if kind < 0.34:
+        author = careful if rng.random() < 0.22 else careless
         return Exchange(user(any_request(rng, item)), *author(rng, item), author.__name__)
-    if kind < 0.46:
+    if kind < 0.42:
         question = fill(rng, rng.choice(wording.FACT_QUESTIONS), item)
         thinking = fill(rng, rng.choice(wording.FACT_THINKINGS), item)
         return Exchange(user(question), thinking, wording.judgement(rng, item), "fact")
-    if kind < 0.61:
+    if kind < 0.62:
         weighing = ("risk", "intent")  # texts that do not say what the prompt is
         name = rng.choice([name for name in steering if name != "none"])
         while not item.harmful and name not in weighing:
             item = random_item(rng, TRAIN_EFFECTS, "train")
-        author = careless if rng.random() < 0.12 else steered  # so that the filter has work
+        author = careless if rng.random() < 0.08 else steered  # so that the filter has work
         prompt = steering[name].format(prompt=any_request(rng, item))
         return Exchange(user(prompt), *author(rng, item), "steered")
-    if kind < 0.72:
+    if kind < 0.78:
         question, thinking, answer, _ = word_problem(rng, "train")
         return Exchange(user(question), thinking, answer, "word problem")
-    if kind < 0.87:
+    if kind < 0.88:
         refused = rng.random() < 0.35
         answer = refuses(rng, item) if refused else tells(rng, item)
         if rng.random() < 0.6:

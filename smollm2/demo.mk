@@ -1,0 +1,67 @@
+# SmolLM2 as a model organism (smollm2/README.md): both methods on real English, on words and prompts that nothing was trained
+# on. DATA: a folder with strongreject.jsonl, xstest_safe.jsonl and gsm8k_test.jsonl, in their public spellings. SEED: another
+# seed, in a folder of its own; one other than 0 has the two SFT methods only. The rule alone judges: it knows every invented
+# effect, and whether an answer to a public prompt declines. `05_eval.py … --judges` goes on with the judge, which takes longer.
+SEED ?= 0
+ORGANISM := runs/organism/seed$(SEED)
+ORGANISM_STAGE = $(call STAGE,$(1) --preset organism --seed $(SEED) --run $(@D) $(2))
+ORGANISM_SFT := 02_verify_sft 03_steer_selfgen
+ORGANISM_TRAINED := $(ORGANISM_SFT) $(if $(filter 0,$(SEED)),03_after_02 04_grpo_after_02 04_grpo_after_03)
+ORGANISM_READ := common.py $(wildcard engines/*.py judges/*.py plumbing/*.py smollm2/spec.txt smollm2/organism/*.py \
+	smollm2/organism/*/*.json* smollm2/organism/*/*.safetensors)
+ASKED := --limit 160  # of 464 prompts, drawn once
+
+demo-smollm2: $(VENV)/ready smollm2/model/config.json  ## both methods on a real model that thinks, on two cores; DATA=folder of benchmark files
+	@test -f $(DATA)/strongreject.jsonl || { echo "error: no strongreject.jsonl in $(DATA); give the folder of benchmark files: make demo-smollm2 DATA=folder"; exit 1; }
+	@$(MAKE) --no-print-directory $(SIDE_BY_SIDE) $(ORGANISM_TRAINED:%=$(ORGANISM)/%/summary.txt)
+	@$(MAKE) --no-print-directory $(ORGANISM)/05_eval/summary.txt
+	@echo "the demo is done: $(ORGANISM)/05_eval/results.md, results.png, transcripts.html"
+
+smollm2/model/config.json: | $(VENV)/ready
+	$(PY) -m pip install -q gguf
+	$(PY) smollm2/fetch.py
+
+$(ORGANISM)/01_generate/summary.txt: 01_generate.py $(ORGANISM_READ) | smollm2/model/config.json
+	@$(call ORGANISM_STAGE,01_generate.py,--n 4 $(ASKED))
+$(ORGANISM)/01_heldout/summary.txt: 01_generate.py $(ORGANISM_READ) | smollm2/model/config.json
+	@$(call ORGANISM_STAGE,01_generate.py,--n 4 --prompts smollm2/organism/prompts/test_plain.jsonl \
+		--guard smollm2/organism/gold.py --limit 72)
+$(ORGANISM)/02_verify_sft/summary.txt: 02_verify_sft.py $(ORGANISM)/01_generate/summary.txt $(ORGANISM)/01_heldout/summary.txt
+	@$(call ORGANISM_STAGE,02_verify_sft.py,--responses $(ORGANISM)/01_generate --heldout $(ORGANISM)/01_heldout)
+$(ORGANISM)/03_steer_selfgen/summary.txt: 03_steer_selfgen.py $(ORGANISM_READ) | smollm2/model/config.json
+	@$(call ORGANISM_STAGE,03_steer_selfgen.py,$(ASKED))
+$(ORGANISM)/03_after_02/summary.txt: 03_steer_selfgen.py $(ORGANISM)/02_verify_sft/summary.txt
+	@$(call ORGANISM_STAGE,03_steer_selfgen.py,--model $(ORGANISM)/02_verify_sft/checkpoint $(ASKED))
+$(ORGANISM)/04_grpo_after_02/summary.txt: 04_grpo.py $(ORGANISM)/02_verify_sft/summary.txt
+	@$(call ORGANISM_STAGE,04_grpo.py,--model $(ORGANISM)/02_verify_sft/checkpoint)
+$(ORGANISM)/04_grpo_after_03/summary.txt: 04_grpo.py $(ORGANISM)/03_steer_selfgen/summary.txt
+	@$(call ORGANISM_STAGE,04_grpo.py,--model $(ORGANISM)/03_steer_selfgen/checkpoint)
+ORGANISM_NAMES := base=smollm2/model+smollm2/organism/lrm SInternal=$(ORGANISM)/02_verify_sft/checkpoint \
+	ThinkSafe=$(ORGANISM)/03_steer_selfgen/checkpoint $(if $(filter 0,$(SEED)),\
+	SInternal-ThinkSafe=$(ORGANISM)/03_after_02/checkpoint SInternal+GRPO=$(ORGANISM)/04_grpo_after_02/checkpoint \
+	ThinkSafe+GRPO=$(ORGANISM)/04_grpo_after_03/checkpoint)
+$(ORGANISM)/05_eval/summary.txt: 05_eval.py $(ORGANISM_TRAINED:%=$(ORGANISM)/%/summary.txt)
+	@$(call STAGE,-m plumbing.several 2 05_eval.py --preset organism --seed $(SEED) --run $(@D) --limit 64 --judges smollm2/organism/gold.py \
+		--prefill think-open think-empty answer --verify_test $(ORGANISM)/02_verify_sft/verify_test.jsonl \
+		--bench $(foreach file,plain=test_plain wrapped=test_wrapped problems=word_problems,$(subst =,=smollm2/organism/prompts/,$(file)).jsonl) \
+		strongreject=$(DATA)/strongreject.jsonl xstest=$(DATA)/xstest_safe.jsonl gsm8k=$(DATA)/gsm8k_test.jsonl \
+		--models $(ORGANISM_NAMES))
+
+# Plain SmolLM2, for what happens without thinking and without an expert: docs/smollm2.md
+SMOL := --preset smollm2 --run runs/smollm2
+demo-smollm2-plain: $(VENV)/ready smollm2/model/config.json  ## the same model as it is: no thinking, no expert, a list of words for a guard
+	@test -f $(DATA)/strongreject.jsonl || { echo "error: no strongreject.jsonl in $(DATA); give the folder of benchmark files: make demo-smollm2-plain DATA=folder"; exit 1; }
+	$(PY) 01_generate.py $(SMOL)/01_generate --n 2
+	$(PY) 02_verify_sft.py $(SMOL)/02_verify_sft --responses runs/smollm2/01_generate
+	$(PY) 03_steer_selfgen.py $(SMOL)/03_steer_selfgen
+	$(PY) 04_grpo.py $(SMOL)/04_grpo --model runs/smollm2/03_steer_selfgen/checkpoint
+	$(PY) 05_eval.py $(SMOL)/05_eval --limit 32 --max_new_tokens 256 --prefill answer --models SmolLM2-135M=smollm2/model \
+		SInternal=runs/smollm2/02_verify_sft/checkpoint ThinkSafe=runs/smollm2/03_steer_selfgen/checkpoint \
+		ThinkSafe+GRPO=runs/smollm2/04_grpo/checkpoint --judges smollm2/rule_guard.py xstest:smollm2/model \
+		--bench xstest=$(DATA)/xstest_safe.jsonl strongreject=$(DATA)/strongreject.jsonl \
+		math500=$(DATA)/math500.jsonl gsm8k=$(DATA)/gsm8k_test.jsonl
+	mkdir -p results/smollm2
+	cp runs/smollm2/05_eval/results.json runs/smollm2/05_eval/results.md runs/smollm2/05_eval/*.png results/smollm2/
+	cp runs/smollm2/04_grpo/metrics.jsonl results/smollm2/04_grpo_metrics.jsonl
+	for run in 01_generate 02_verify_sft 03_steer_selfgen 04_grpo; do cp runs/smollm2/$$run/summary.txt results/smollm2/$$run.txt; done
+
