@@ -59,11 +59,12 @@ class Recipe:
     rank: int
     first_layer: int
     examples: int
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-3  # peak of the first pass, half of it in the second
+    passes: int = 1
 
 
 RECIPES = {
-    "lrm": Recipe(1, 8, 0, 2400, 2e-3),
+    "lrm": Recipe(1, 8, 0, 2400, 2e-3, passes=2),
     "guard": Recipe(2, 16, 12, 2400),
     "judge": Recipe(3, 12, 10, 1200),
     "expert": Recipe(4, 16, 12, 1200, 2e-3),
@@ -198,8 +199,8 @@ def require_same_data(run: Path, recipe: Recipe, examples: list[Example], dtype)
 def train(
     run: Path, recipe: Recipe, examples: list[Example], base: Path = BASE, dtype=torch.float32
 ):
-    """The model with LoRA trained in one pass over the examples, on responses only: a step's loss is
-    the mean over its label tokens. Frozen weights and activations are in `dtype`, LoRA in float32.
+    """The model with LoRA trained on the examples' responses: a step's loss is the mean over its label
+    tokens, and each pass has a cosine schedule of its own. Frozen weights and activations are in `dtype`, LoRA in float32.
     Its state is saved in `run` every SAVE_EVERY steps."""
     require_same_data(run, recipe, examples, dtype)
     model = with_lora(recipe, base, dtype)
@@ -208,10 +209,12 @@ def train(
     scorer = TokenScorer(model)
     trainer = Trainer(Accelerator(), model, scorer, optimizer)
     items = batches_of(examples)
-    steps = math.ceil(len(items) / MICRO_BATCHES)
+    per_pass = math.ceil(len(items) / MICRO_BATCHES)
+    steps = per_pass * recipe.passes
 
     def rate_at(step):
-        return cosine_rate(step, steps, recipe.learning_rate, 0.05)
+        earlier, place = divmod(step, per_pass)
+        return cosine_rate(place, per_pass, recipe.learning_rate / (1 + earlier), 0.05)
 
     model.train()
     began, read = time.time(), 0
