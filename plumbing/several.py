@@ -65,8 +65,9 @@ def main():
         code = os.waitstatus_to_exitcode(ended)
         if code and not status:
             status = code if code > 0 else 128 - code
-            for other in children if status != INTERRUPTED else []:
-                os.kill(other, signal.SIGTERM)
+            if status != INTERRUPTED:
+                for other in children:
+                    os.kill(other, signal.SIGTERM)
     sys.exit(status)
 
 

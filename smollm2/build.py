@@ -200,8 +200,8 @@ def train(
     run: Path, recipe: Recipe, examples: list[Example], base: Path = BASE, dtype=torch.float32
 ):
     """The model with LoRA trained on the examples' responses: a step's loss is the mean over its label
-    tokens, and each pass has a cosine schedule of its own. Frozen weights and activations are in `dtype`, LoRA in float32.
-    Its state is saved in `run` every SAVE_EVERY steps."""
+    tokens, and each pass has a cosine schedule of its own. Frozen weights and activations are in
+    `dtype`, LoRA in float32. Its state is saved in `run` every SAVE_EVERY steps."""
     require_same_data(run, recipe, examples, dtype)
     model = with_lora(recipe, base, dtype)
     weights = [p for p in model.parameters() if p.requires_grad]

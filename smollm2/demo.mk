@@ -3,16 +3,17 @@
 # seed, in a folder of its own; one other than 0 has the two SFT methods only. The rule alone judges: it knows every invented
 # effect, and whether an answer to a public prompt declines. `05_eval.py … --judges` goes on with the judge, which takes longer.
 SEED ?= 0
+NEEDS_DATA = test -f $(DATA)/strongreject.jsonl || { echo "error: no strongreject.jsonl in $(DATA); give the folder of benchmark files:\
+ make $@ DATA=folder"; exit 1; }
 ORGANISM := runs/organism/seed$(SEED)
 ORGANISM_STAGE = $(call STAGE,$(1) --preset organism --seed $(SEED) --run $(@D) $(2))
-ORGANISM_SFT := 02_verify_sft 03_steer_selfgen
-ORGANISM_TRAINED := $(ORGANISM_SFT) $(if $(filter 0,$(SEED)),03_after_02 04_grpo_after_02 04_grpo_after_03)
+ORGANISM_TRAINED := 02_verify_sft 03_steer_selfgen $(if $(filter 0,$(SEED)),03_after_02 04_grpo_after_02 04_grpo_after_03)
 ORGANISM_READ := common.py $(wildcard engines/*.py judges/*.py plumbing/*.py smollm2/spec.txt smollm2/organism/*.py \
 	smollm2/organism/*/*.json* smollm2/organism/*/*.safetensors)
 ASKED := --limit 160  # of 464 prompts, drawn once
 
 demo-smollm2: $(VENV)/ready smollm2/model/config.json  ## both methods on a real model that thinks, on two cores; DATA=folder of benchmark files
-	@test -f $(DATA)/strongreject.jsonl || { echo "error: no strongreject.jsonl in $(DATA); give the folder of benchmark files: make demo-smollm2 DATA=folder"; exit 1; }
+	@$(NEEDS_DATA)
 	@$(MAKE) --no-print-directory $(SIDE_BY_SIDE) $(ORGANISM_TRAINED:%=$(ORGANISM)/%/summary.txt)
 	@$(MAKE) --no-print-directory $(ORGANISM)/05_eval/summary.txt
 	@echo "the demo is done: $(ORGANISM)/05_eval/results.md, results.png, transcripts.html"
@@ -43,14 +44,15 @@ ORGANISM_NAMES := base=smollm2/model+smollm2/organism/lrm SInternal=$(ORGANISM)/
 $(ORGANISM)/05_eval/summary.txt: 05_eval.py $(ORGANISM_TRAINED:%=$(ORGANISM)/%/summary.txt)
 	@$(call STAGE,-m plumbing.several 2 05_eval.py --preset organism --seed $(SEED) --run $(@D) --limit 64 --judges smollm2/organism/gold.py \
 		--prefill think-open think-empty answer --verify_test $(ORGANISM)/02_verify_sft/verify_test.jsonl \
-		--bench $(foreach file,plain=test_plain wrapped=test_wrapped problems=word_problems,$(subst =,=smollm2/organism/prompts/,$(file)).jsonl) \
+		--bench plain=smollm2/organism/prompts/test_plain.jsonl wrapped=smollm2/organism/prompts/test_wrapped.jsonl \
+		problems=smollm2/organism/prompts/word_problems.jsonl \
 		strongreject=$(DATA)/strongreject.jsonl xstest=$(DATA)/xstest_safe.jsonl gsm8k=$(DATA)/gsm8k_test.jsonl \
 		--models $(ORGANISM_NAMES))
 
 # Plain SmolLM2, for what happens without thinking and without an expert: docs/smollm2.md
 SMOL := --preset smollm2 --run runs/smollm2
 demo-smollm2-plain: $(VENV)/ready smollm2/model/config.json  ## the same model as it is: no thinking, no expert, a list of words for a guard
-	@test -f $(DATA)/strongreject.jsonl || { echo "error: no strongreject.jsonl in $(DATA); give the folder of benchmark files: make demo-smollm2-plain DATA=folder"; exit 1; }
+	@$(NEEDS_DATA)
 	$(PY) 01_generate.py $(SMOL)/01_generate --n 2
 	$(PY) 02_verify_sft.py $(SMOL)/02_verify_sft --responses runs/smollm2/01_generate
 	$(PY) 03_steer_selfgen.py $(SMOL)/03_steer_selfgen
@@ -64,4 +66,3 @@ demo-smollm2-plain: $(VENV)/ready smollm2/model/config.json  ## the same model a
 	cp runs/smollm2/05_eval/results.json runs/smollm2/05_eval/results.md runs/smollm2/05_eval/*.png results/smollm2/
 	cp runs/smollm2/04_grpo/metrics.jsonl results/smollm2/04_grpo_metrics.jsonl
 	for run in 01_generate 02_verify_sft 03_steer_selfgen 04_grpo; do cp runs/smollm2/$$run/summary.txt results/smollm2/$$run.txt; done
-

@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from claims import compact_json, mean_interval  # noqa: E402
+from readme import leading  # noqa: E402
 
 from plumbing import fail, figures, run_stage, write_atomic  # noqa: E402
 
@@ -39,13 +40,11 @@ def main():
         fail(f"no seed*/05_eval/results.json in {RUNS}; make demo-smollm2 SEED=0 first")
     values = {model: {heading: [] for heading in COLUMNS} for model in MODELS}
     for file in files:
-        report = json.loads(file.read_text())
-        leading = figures.leading(report["rows"], list(report["recipe"]["judges"]))
-        rows = {(row["model"], row["benchmark"], row["metric"]): row["value"] for row in leading}
+        rows = leading(json.loads(file.read_text()))
         for model, own in values.items():
             for heading, key in COLUMNS.items():
-                if (model, *key) in rows:  # of no model's thinkings may a figure be lacking
-                    own[heading].append(round(rows[(model, *key)], 4))
+                if (model, *key) in rows:
+                    own[heading].append(round(rows[(model, *key)]["value"], 4))
     body = []
     for model, own in values.items():
         cells = [mean_interval(numbers) for numbers in own.values()]
