@@ -1,6 +1,6 @@
 """ThinkSafe's theory and SInternal's "own answers", measured in the miniature world.
 
-    python bench/theory.py        # about three quarters of an hour on one core; it goes on where it stopped
+    python bench/theory.py        # about half an hour on one core; it goes on where it stopped
 
 The theory: of all safe models the nearest to the base model is the base model filtered. Steering only changes how often
 it refuses, so that steered and accepted responses are those of the filtered model; another writer's, filtered or not,
@@ -32,7 +32,7 @@ import own_answers
 import rows
 import torch
 from claims import ROOT, compact_json, mean_interval
-from verdicts import MARGIN, verdict_on
+from verdicts import MARGIN, show, verdict_on
 
 from common import Example, TokenScorer, load_model, load_tokenizer, messages_of
 from common import micro_batches, pad_batch, render_chat
@@ -379,11 +379,6 @@ def own_against_other(by_seed: list[dict]) -> dict:
 
 
 # The page -------------------------------------------------------------------------------------------------------------
-def show(cell: dict, digits: int = 2) -> str:
-    mean = f"{round(cell['mean'], digits) + 0:.{digits}f}"  # + 0: no minus before a 0
-    return f"{mean} ± {cell['half']:.{digits}f}"
-
-
 def said(cell: dict) -> str:
     return f"{show(cell)}: **{cell['verdict']}**"
 

@@ -311,8 +311,9 @@ def all_claims(matrix: dict) -> list[dict]:
 
 
 # The page -----------------------------------------------------------------------------------------
-def show(cell: dict) -> str:
-    return f"{round(cell['mean'], 2) + 0:.2f} ± {cell['half']:.2f}"  # + 0: no minus before a 0
+def show(cell: dict, digits: int = 2) -> str:
+    mean = round(cell["mean"], digits) + 0  # + 0: no minus before a 0
+    return f"{mean:.{digits}f} ± {cell['half']:.{digits}f}"
 
 
 def in_all(claim: dict) -> str:
