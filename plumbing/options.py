@@ -83,7 +83,7 @@ PRESETS = {  # a row each; an inner dictionary holds what only the stage of that
         "batch_tokens": 8192,
         "02": {
             "spec": "smollm2/spec.txt",
-            "learning_rate": 3e-4,
+            "learning_rate": 1e-3,
             "batch_size": 8,
             "max_critique_tokens": 128,
             "max_answer_tokens": 128,
