@@ -1,6 +1,6 @@
 # SmolLM2 as a model organism (smollm2/README.md): both methods on real English, on words and prompts that nothing was trained
 # on. DATA: a folder with strongreject.jsonl, xstest_safe.jsonl and gsm8k_test.jsonl, in their public spellings. SEED: another
-# seed, in a folder of its own; one other than 0 has the two SFT methods only. The rule alone judges: it knows every invented
+# seed, in a folder of its own; one other than 0 asks the two SFT methods only. The rule alone judges: it knows every invented
 # effect, and whether an answer to a public prompt declines. `05_eval.py … --judges` goes on with the judge, which takes longer.
 SEED ?= 0
 NEEDS_DATA = test -f $(DATA)/strongreject.jsonl || { echo "error: no strongreject.jsonl in $(DATA); give the folder of benchmark files:\
@@ -37,10 +37,10 @@ $(ORGANISM)/04_grpo_after_02/summary.txt: 04_grpo.py $(ORGANISM)/02_verify_sft/s
 	@$(call ORGANISM_STAGE,04_grpo.py,--model $(ORGANISM)/02_verify_sft/checkpoint)
 $(ORGANISM)/04_grpo_after_03/summary.txt: 04_grpo.py $(ORGANISM)/03_steer_selfgen/summary.txt
 	@$(call ORGANISM_STAGE,04_grpo.py,--model $(ORGANISM)/03_steer_selfgen/checkpoint)
-ORGANISM_NAMES := base=smollm2/model+smollm2/organism/lrm SInternal=$(ORGANISM)/02_verify_sft/checkpoint \
-	ThinkSafe=$(ORGANISM)/03_steer_selfgen/checkpoint $(if $(filter 0,$(SEED)),\
+SFT_NAMES := SInternal=$(ORGANISM)/02_verify_sft/checkpoint ThinkSafe=$(ORGANISM)/03_steer_selfgen/checkpoint
+ORGANISM_NAMES := $(if $(filter 0,$(SEED)),base=smollm2/model+smollm2/organism/lrm $(SFT_NAMES) \
 	SInternal-ThinkSafe=$(ORGANISM)/03_after_02/checkpoint SInternal+GRPO=$(ORGANISM)/04_grpo_after_02/checkpoint \
-	ThinkSafe+GRPO=$(ORGANISM)/04_grpo_after_03/checkpoint)
+	ThinkSafe+GRPO=$(ORGANISM)/04_grpo_after_03/checkpoint,$(SFT_NAMES))
 $(ORGANISM)/05_eval/summary.txt: 05_eval.py $(ORGANISM_TRAINED:%=$(ORGANISM)/%/summary.txt)
 	@$(call STAGE,-m plumbing.several 2 05_eval.py --preset organism --seed $(SEED) --run $(@D) --limit 64 --judges smollm2/organism/gold.py \
 		--prefill think-open think-empty answer --verify_test $(ORGANISM)/02_verify_sft/verify_test.jsonl \
