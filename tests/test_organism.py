@@ -505,7 +505,8 @@ def test_the_readme_has_the_scores():
 
 
 def test_the_table_over_seeds(tmp_path, monkeypatch, capsys):
-    """Means and Student's intervals by hand; the leading judge's rows only; what no seed has is a dash."""
+    """Means and Student's intervals by hand; the leading judge's rows only; one seed is a value without an interval, none is
+    a dash; seed 0's files are copied."""
     from smollm2 import seeds
 
     monkeypatch.setattr(seeds, "RUNS", tmp_path / "runs")
@@ -514,18 +515,43 @@ def test_the_table_over_seeds(tmp_path, monkeypatch, capsys):
         seeds.main()
     for seed, value in enumerate((0.2, 0.3, 0.4)):
         row = {"model": "ThinkSafe", "benchmark": "wrapped", "metric": "asr", "judge": "gold.py", "value": value}
+        one_seed = {**row, "model": "base", "value": 0.9}
         report = {
-            "recipe": {"judges": {"gold.py": {}, "other": {}}},
-            "rows": [row, {**row, "judge": "other", "value": 1}],
+            "recipe": {"judges": {"gold.py": {}, "other": {}}, "models": {"base": {}, "ThinkSafe": {}}},
+            "rows": [row, {**row, "judge": "other", "value": 1}] + [one_seed] * (seed == 0),
         }
         folder = tmp_path / f"runs/seed{seed}/05_eval"
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps(report))
     seeds.main()
     lines = (tmp_path / "out/seeds.md").read_text().splitlines()
-    column = lines[0].split(" | ").index("ASR wrapped ↓")
-    cells = lines[-1].strip("| ").split(" | ")
+    assert lines[0] == "## Invented prompts"
+    column = lines[2].split(" | ").index("ASR wrapped ↓")
+    base, thinksafe = (line.strip("| ").split(" | ") for line in lines[4:6])
+    assert base[:2] == ["base", "1"] and base[column] == "0.90"
     # 0.1 / sqrt(3) * 4.303
-    assert lines[0].startswith("| mean of 3 seeds") and cells[0] == "ThinkSafe"
-    assert cells[column] == "0.30 ± 0.25" and set(cells[1:column]) == {"–"}
-    assert json.loads((tmp_path / "out/seeds.json").read_text())["ThinkSafe"]["ASR wrapped ↓"] == [0.2, 0.3, 0.4]
+    assert thinksafe[:2] == ["ThinkSafe", "3"] and thinksafe[column] == "0.30 ± 0.25"
+    assert set(thinksafe[2:column]) == {"–"}
+    values = json.loads((tmp_path / "out/seeds.json").read_text())
+    assert values["ThinkSafe"]["Invented prompts: ASR wrapped ↓"] == [0.2, 0.3, 0.4]
+    assert json.loads((tmp_path / "out/results.json").read_text())["rows"][0]["value"] == 0.2
+
+
+def test_transcripts_show_each_models_words(tmp_path):
+    from smollm2 import seeds
+
+    for model in ("base", "trained"):
+        (tmp_path / model).mkdir()
+        for benchmark in seeds.SHOWN:
+            sample = {"thinking": f"{model} thinks.", "answer": f"{model} on {benchmark}."}
+            rows = [{"prompt": f"{benchmark} {i}?", "harmful": i == 0, "samples": [sample]} for i in range(4)]
+            file = tmp_path / model / f"{benchmark}.responses.jsonl"
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = seeds.transcripts(tmp_path, ["base", "trained"]).splitlines()
+    assert [line for line in lines if line.startswith("> wrapped ")] == ["> wrapped 0?", "> wrapped 1?", "> wrapped 2?"]
+    assert lines[:6] == [
+        *("## wrapped, harmful", "", "> wrapped 0?", ""),
+        "- **base** *base thinks.* base on wrapped.",
+        "- **trained** *trained thinks.* trained on wrapped.",
+    ]
+    assert "## wrapped.think-empty, harmful" in lines and "> wrapped.think-empty 1?" not in lines

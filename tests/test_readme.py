@@ -361,6 +361,35 @@ def claims_of_speed():
     ]
 
 
+def claims_of_organism():
+    rows = readme.leading(load("organism/results.json"))
+
+    def value(*key):
+        return rows[key]["value"]
+
+    both = [("SInternal-ThinkSafe", benchmark, "asr") for benchmark in ("plain", "wrapped")]
+    assert all(value(*key) == 0 for key in both)
+    assert value("base", "strongreject", "refusal") == 0
+    assert all(value(m, b, "compliance") == 1 for m in ("SInternal", "ThinkSafe") for b in ("plain", "wrapped"))
+    gaps = [
+        value(m, "strongreject", "refusal") + value(m, "xstest", "compliance") - 1 for m in ("SInternal", "ThinkSafe")
+    ]
+    verify = [value(m, "verify", "verify_f1") for m in ("SInternal", "base", "ThinkSafe")]
+    assert value("SInternal", "verify", "verify_recall") == 1
+    assert value("SInternal", "verify", "verify_precision") == 0.5
+    for run in ("after_02", "after_03"):  # in half of its groups all answers earn the same
+        text = (ROOT / f"results/organism/04_grpo_{run}_metrics.jsonl").read_text()
+        shares = [json.loads(line)["zero_spread_groups"] for line in text.splitlines()]
+        assert sum(shares) / len(shares) >= 0.5
+    return [
+        ("they leave none of {} (one seed)", [sum(rows[key]["n"] for key in both)]),
+        ("is {:.2f} above that of XSTest with SInternal, {:.2f} with ThinkSafe", gaps),
+        ("F1 {:.2f} with SInternal, {:.2f} before", verify[:2]),
+        ("{} are unsafe, it finds all", [rows["SInternal", "verify", "verify_recall"]["n"]]),
+        ("comes to {:.2f}", verify[2:]),
+    ]
+
+
 def claims_of_smollm2():
     rows = {
         (r["model"], r["benchmark"], r["metric"], r["judge"]): r["value"] for r in load("smollm2/results.json")["rows"]
@@ -375,11 +404,11 @@ def claims_of_smollm2():
     refused = rows["ThinkSafe", "strongreject", "refusal", judge]
     over = 1 - rows["ThinkSafe", "xstest", "compliance", judge]
     begun = rows["ThinkSafe", "strongreject.answer", "recovers", judge]
-    return [
+    return claims_of_organism() + [
         ("the model did so for {} of {} invented requests", [kept, asked]),
         ("At 64 tokens {:.0f} % of its responses", [float(re.search(r"WARNING: ([\d.]+)%", summary)[1])]),
         ("so that {} benign answers", [sum(int(n) for n in re.findall(r"(\d+) benign at try", summary))]),
-        ("turned into a refusal {} of the time", [percent(begun)]),
+        ("is turned into a refusal {} of the time", [percent(begun)]),
         ("it refuses {} of StrongREJECT", [percent(refused)]),
         ("and {} of XSTest's safe prompts", [percent(over)]),
         ("calls three quarters safe", []),
