@@ -102,10 +102,16 @@ claims-others: $(VENV)/ready  ## the core rows on two other bases, three seeds e
 claims-theory: $(VENV)/ready  ## ThinkSafe's theory, and own against another model's answers; 30 minutes
 	$(PY) bench/theory.py
 
-# `make .venv-vllm/ready` first to have vLLM beside; BENCH=--quick for one repeat of less
+.venv-llama/ready:  ## builds llama.cpp, about ten minutes on one core
+	python3 -m venv .venv-llama
+	CMAKE_ARGS="-DGGML_NATIVE=on" .venv-llama/bin/python -m pip install -q "llama_cpp_python[server]==0.3.36"
+	touch $@
+
+# `make .venv-vllm/ready .venv-llama/ready` first to have vLLM and llama.cpp beside; BENCH=--quick for one repeat of less
 VLLM ?= .venv-vllm/bin/python
-bench: $(VENV)/ready smollm2/model/config.json  ## speed and memory beside TRL, transformers.generate and vLLM, about an hour on two idle cores
-	$(PY) bench/speed.py --vllm $(VLLM) $(BENCH)
+LLAMA ?= .venv-llama/bin/python
+bench: $(VENV)/ready smollm2/model/config.json  ## speed and memory beside TRL, transformers.generate, vLLM and llama.cpp, about an hour on two idle cores
+	$(PY) bench/speed.py --vllm $(VLLM) --llama $(LLAMA) $(BENCH)
 
 cost: $(VENV)/ready  ## what each stage will cost for each preset, checked against the demo's runs if they are there
 	$(PY) bench/cost.py --runs $(RUNS)

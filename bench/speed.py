@@ -1,4 +1,4 @@
-"""Speed and memory beside TRL, transformers.generate and vLLM: equal work, one run.
+"""Speed and memory beside TRL, transformers.generate, vLLM and llama.cpp: equal work, one run.
 
     make bench                             # about an hour on two idle cores
     python bench/speed.py --quick          # about five minutes: one repeat of less, to see that all of it works
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT, MODEL = ROOT / "results/bench", "runs/bench/model"
+OUT, MODEL, GGUF = ROOT / "results/bench", "runs/bench/model", "runs/bench/smollm2.gguf"
 VOCABULARIES, TOKENS = (1_000, 32_000, 151_000), (1024, 2048, 4096, 8192)
 GOALS = """sampler.tiny_vs_generate >= 4, sampler.tiny_vs_vllm >= 1, sampler.smollm2_vs_generate >= 1.5,
 sampler.smollm2_vs_vllm >= 1, sft.speed_vs_trl >= 2.5, sft.memory_vs_trl <= 0.5, grpo_update.speed_vs_trl >= 3,
@@ -31,10 +31,13 @@ grpo_step.speed_vs_trl >= 4, head.memory_151k_vs_1k <= 1.15"""
 NOTES = [
     """`dynamic` and `static` are transformers.generate with that cache; the slower was run once. Lengths: shortest /
 median / longest. Ours and vLLM return log-probs as well. 48 prompts on tiny; on smollm2 8, and of groups of 32 the two
-that make as many rows.""",
+that make as many rows. `continuous` is transformers.generate_batch, its cache sized for the rows (by itself it takes
+90 % of the machine's memory), 32 rows at once. `llama` is llama.cpp's server with the same weights in float32, which
+begins greedy answers as we do; llama-server computes 64 requests together, that of llama-cpp-python one after another.""",
     """Tokens: of SFT all, of GRPO the generated ones. In SFT and GRPO updates both sides had the same losses, gradient
 norms and label tokens. TRL also computes entropy, and in SFT accuracy, at each step; it pads GRPO's completions to the
 longest; and its fused head, which has no kernel for CPUs, scores every position.""",
+    """What ours has to move and to compute at the least (bench/limits.py), against copies of 256 MB and torch.mm.""",
 ]
 
 
@@ -129,7 +132,8 @@ def equal_work(name: str, sides: dict[str, list[dict]]):
                 )
 
 
-def sampler_bench(bench: Bench, vllm: Path, quick: bool):
+def sampler_bench(bench: Bench, vllm: Path, llama: Path, quick: bool):
+    pythons = {"vllm": str(vllm)}
     models = {"tiny": ("tiny/lrm", 48, 1536), "smollm2": ("smollm2/model", 8, 64)}
     for name, (model, prompts, rows) in models.items():
         if not (ROOT / model).exists():
@@ -146,9 +150,20 @@ def sampler_bench(bench: Bench, vllm: Path, quick: bool):
             fixed |= {"groups": [8], "max_new_tokens": 64 if name == "tiny" else 12}
         engines = ["ours", "dynamic", "static"] + ["vllm"] * vllm.exists()
         sides = {engine: {"engine": engine, **fixed} for engine in engines}
-        bench.alternate(f"sampler {name}", "sampler", sides, {"vllm": str(vllm)})
-    if not vllm.exists():
-        print(f"no vLLM at {vllm}: skipped (make .venv-vllm/ready)")
+        sides["continuous"] = {
+            "engine": "continuous",
+            **fixed,
+            "groups": [8],
+        }  # slow ones: one group
+        if name == "smollm2" and llama.exists():
+            if not (ROOT / GGUF).exists():
+                subprocess.run([sys.executable, "bench/to_gguf.py", GGUF], cwd=ROOT, check=True)
+            served = {"server": str(llama), "weights": GGUF}
+            sides["llama"] = {"engine": "llama", **served, **fixed, "groups": [8]}
+        bench.alternate(f"sampler {name}", "sampler", sides, pythons)
+    for peer, path in (("vllm", vllm), ("llama", llama)):
+        if not path.exists():
+            print(f"nothing at {path}: {peer} is skipped (make .venv-{peer}/ready)")
 
 
 def training_bench(bench: Bench, quick: bool):
@@ -193,14 +208,15 @@ def compare(rows: dict) -> dict:
 
     for name in ("tiny", "smollm2"):
         ours = rate(f"sampler {name}", "ours", "8")
-        peers = {side: rate(f"sampler {name}", side, "8") for side in ("dynamic", "static", "vllm")}
+        sides = ("dynamic", "static", "vllm", "continuous", "llama")
+        peers = {side: rate(f"sampler {name}", side, "8") for side in sides}
         best = max(
             (peers["dynamic"], peers["static"]), key=lambda r: statistics.median(r) if r else 0
         )
         found["sampler"][f"{name}_vs_generate"] = ratio(ours, best) if ours else None
-        found["sampler"][f"{name}_vs_vllm"] = (
-            ratio(ours, peers["vllm"]) if ours and peers["vllm"] else None
-        )
+        for side in sides[2:]:
+            both = ours and peers[side]
+            found["sampler"][f"{name}_vs_{side}"] = ratio(ours, peers[side]) if both else None
     for key, name in (
         ("sft", "sft spread"),
         ("grpo_update", "grpo update"),
@@ -224,6 +240,22 @@ def compare(rows: dict) -> dict:
     return found
 
 
+def limits(rows: dict) -> list[str]:
+    """The table of what our sampler has to move and to compute, as shares of what the machine can do in that time."""
+    lines = ["| model | group | GB moved | of the bandwidth | GFLOP | of the matrix peak |"]
+    lines += ["|" + "---|" * 6]
+    best = {k: max(r[k] for r in rows["matrix peak"]["peak"]) for k in ("bandwidth", "gflops")}
+    for name in [n for n in rows if n.startswith("sampler")]:
+        for group in filter(str.isdigit, rows[name]["ours"][0]):
+            repeats = [one[group] for one in rows[name]["ours"]]
+            moved, computed = repeats[0]["bytes"] / 1e9, repeats[0]["operations"] / 1e9
+            wall = statistics.median(r["wall"] for r in repeats)
+            shares = (moved / wall / best["bandwidth"], computed / wall / best["gflops"])
+            cells = f"{moved:.2f} | {shares[0]:.2f} | {computed:.1f} | {shares[1]:.2f}"
+            lines.append(f"| {name[8:]} | {group} | {cells} |")
+    return lines
+
+
 def tables(bench: Bench, found: dict) -> str:
     rows, about = bench.rows, bench.about
     lines = ["# Speed and memory beside the peers", "", f"{about}", ""]
@@ -239,10 +271,10 @@ def tables(bench: Bench, found: dict) -> str:
     ]
     for name in [n for n in rows if n.startswith("sampler")]:
         for side, repeats in rows[name].items():
-            for group in [k for k in repeats[0] if k != "peak"]:
+            for group in filter(str.isdigit, repeats[0]):
                 r = [one[group] for one in repeats]
                 cpu = (
-                    "–" if side == "vllm" else middle([x["cpu"] for x in r])
+                    "–" if side in ("vllm", "llama") else middle([x["cpu"] for x in r])
                 )  # its processes are not this one's
                 size = " / ".join(map(str, r[0]["lengths"].values()))
                 cells = [
@@ -254,7 +286,8 @@ def tables(bench: Bench, found: dict) -> str:
                     r[0]["tokens"],
                 ]
                 lines.append(f"| {' | '.join(map(str, cells))} | {size} |")
-    lines += ["", NOTES[0], "", "## Training", ""]
+    lines += ["", NOTES[0], "", "## Limits", "", *limits(rows), "", NOTES[2]]
+    lines += ["", "## Training", ""]
     lines += [
         "| work | side | tokens/s | wall s | CPU s | of it sampling s | peak MB |",
         "|" + "---|" * 7,
@@ -334,6 +367,11 @@ def main():
     parser.add_argument(
         "--vllm", default=".venv-vllm/bin/python", help="python of an environment with vLLM"
     )
+    parser.add_argument(
+        "--llama",
+        default=".venv-llama/bin/python",
+        help="python of an environment with llama-cpp-python[server], or a llama-server",
+    )
     parser.add_argument("--quick", action="store_true", help="one repeat of less work")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -343,7 +381,9 @@ def main():
     if not options.quick:
         head_bench(bench)
         figures(bench.rows)
-    sampler_bench(bench, Path(options.vllm).absolute(), options.quick)
+    sampler_bench(
+        bench, Path(options.vllm).absolute(), Path(options.llama).absolute(), options.quick
+    )
     found = compare(bench.rows)
     text = tables(bench, found)
     (OUT / "speed.md").write_text(text)

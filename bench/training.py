@@ -27,6 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from bench.clock import finish, peak_memory, settings  # noqa: E402
+from bench.limits import copy_bandwidth  # noqa: E402
 from common import Example, TokenScorer, add_lora, cosine_rate, load_model  # noqa: E402
 from engines import Sample  # noqa: E402
 from engines.hf import HfSampler  # noqa: E402
@@ -333,13 +334,13 @@ def head(wanted: dict) -> dict:
 
 
 def matrix_peak() -> dict:
-    """The machine's own limit: torch.mm of 2048 x 2048 float32, GFLOP/s."""
+    """The machine's own limits: torch.mm of 2048 x 2048 float32, GFLOP/s; copies of 256 MB, GB/s."""
     a, b, best = torch.randn(2048, 2048), torch.randn(2048, 2048), 1e9
     for _ in range(20):
         began = time.perf_counter()
         torch.mm(a, b)
         best = min(best, time.perf_counter() - began)
-    return {"gflops": 2 * 2048**3 / best / 1e9}
+    return {"gflops": 2 * 2048**3 / best / 1e9, "bandwidth": copy_bandwidth()}
 
 
 def main():
