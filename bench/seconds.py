@@ -146,6 +146,7 @@ def read(runs: Path) -> dict[str, dict]:
 
 
 def table(report: dict) -> str:
+    sys.path.insert(0, str(ROOT))
     from plumbing import figures  # not above: a stage's imports are its own seconds
 
     shown = [*COLUMNS, "wall", "CPU"]

@@ -1,6 +1,8 @@
 """bench/seconds.py: the phases of a stage are whole, apart and in the right place."""
 
 import json
+import os
+import subprocess
 import sys
 import time
 
@@ -52,3 +54,15 @@ def test_a_stage_that_is_looked_at(tmp_path, several):
     table = seconds.table(report).splitlines()
     assert table[-2].split("|")[2:5] == [" 0 ", f" {row['start']:.1f} ", f" {row['load']:.1f} "]
     assert json.loads((tmp_path / "01/phases0.json").read_text())["CPU"] <= row["CPU"]
+
+
+def test_the_page_can_be_made_from_anywhere(tmp_path):
+    """As `python bench/seconds.py` starts: only bench/ is where Python looks."""
+    row = {name: 1.0 for name in [*seconds.COLUMNS, "wall", "CPU"]} | {"began": 10.0}
+    report = {"seconds": 20.4, "jobs": "-j2", "machine": "m", "load before": 0, "load after": 1, "stages": {"01": row}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    code = "import json, seconds; print(seconds.table(json.load(open('report.json'))))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "bench")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "20 seconds with -j2" in done.stdout, done.stderr
+    assert done.stdout.splitlines()[-3:-1] == ["| 01 | 0 |" + " 1.0 |" * 10, "| all |  |" + " 1.0 |" * 10]
