@@ -89,6 +89,8 @@ QUOTED = {  # file of results/ -> the page that quotes it
     "demo/03_steer_selfgen.txt": "docs/claims.md",
     "demo/one_prompt.md": "README.md",
     **{f"smollm2/{name}": "docs/smollm2.md" for name in ("02_verify_sft.txt", "03_steer_selfgen.txt", "results.md")},
+    "organism/02_verify_sft_summary.txt": "docs/smollm2.md",
+    "organism/03_steer_selfgen_summary.txt": "docs/smollm2.md",
     "forks.md": "README.md",
     "torture.md": "docs/nothing_lost.md",
 }
