@@ -8,7 +8,10 @@ the end token, so that responses end by themselves, their lengths geometric.
 
 Ours is the stage itself: stage 02's `train`, stage 04's `main`, at 4096 padded tokens a pass. TRL is its trainer in
 float32 with the same weights, token ids, optimizer and learning rate, at its default of 8 rows a pass; it also computes
-entropy (and accuracy) at each step, and its fused head, which has no kernel for CPUs, scores every position. One clock
+entropy (and accuracy) at each step, and its fused head, which has no kernel for CPUs, scores every position. "trl best"
+is TRL with what else can be set (TRL_BEST in bench/speed.py): rows a pass, a step's rows sorted by length
+(`"sorted"`, which its own length-grouped sampler does over all rows and so changes what a step holds), no padding at all
+(`"padding_free"`, needs no flash attention: sdpa gets a block-diagonal mask), in GRPO rows sampled at once. One clock
 for both: the end of every optimizer step. Both say loss, gradient norm and label tokens of each step, so that equal
 work can be asserted.
 """
@@ -133,12 +136,13 @@ class Steps:
 
     def result(self, losses, norms, tokens, label_tokens) -> dict:
         """The first step warms up and does not count; `tokens` are those of the others, if they differ by step."""
+        calls = len(self.sampling) // len(self.ends)  # a step may sample in several parts
         wall, cpu = (self.ends[-1][i] - self.ends[0][i] for i in (0, 1))
         same = {"losses": losses, "norms": norms, "label_tokens": label_tokens}
         return {
             "wall": wall,
             "cpu": cpu,
-            "sampling": sum(self.sampling[1:]),
+            "sampling": sum(self.sampling[calls:]),
             "tokens": sum(tokens[1:]),
             **same,
         }
@@ -184,6 +188,8 @@ def sft(wanted: dict, folder: Path, run: Path) -> dict:
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: cosine_rate(s, wanted["steps"], 1.0, 0.1)
     )
+    if wanted.get("sorted"):
+        chunks = [sorted(chunk, key=lambda e: len(e.prompt) + len(e.response)) for chunk in chunks]
     rows = [e for chunk in chunks for e in chunk]
     ids = {"input_ids": [e.prompt + e.response for e in rows]}
     masks = {"completion_mask": [[0] * len(e.prompt) + [1] * len(e.response) for e in rows]}
@@ -195,6 +201,7 @@ def sft(wanted: dict, folder: Path, run: Path) -> dict:
         completion_only_loss=True,
         max_length=None,
         train_sampling_strategy="sequential",
+        padding_free=wanted.get("padding_free", False),
     )
     data = Dataset.from_dict(ids | masks)
     trainer = trl.SFTTrainer(
@@ -289,6 +296,7 @@ def grpo(wanted: dict, folder: Path, run: Path) -> dict:
         **trl_options(run),
         per_device_train_batch_size=wanted["rows"],
         gradient_accumulation_steps=count // wanted["rows"],
+        generation_batch_size=wanted.get("sampled_at_once", count),
         max_steps=wanted["steps"],
         num_generations=GROUP,
         max_completion_length=LONGEST,
