@@ -3,20 +3,18 @@
 Requests are (key, prompt ids), as for our samplers. A length counts up to and with the end token.
 """
 
-import json
-import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from openai import APIConnectionError, InternalServerError, OpenAI
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from engines import Sampling
 from engines.base import end_tokens
+from plumbing.several import free_port
 
 
 def sampled(model, tokenizer, group: int, s: Sampling) -> dict:
@@ -61,12 +59,8 @@ class Continuous:
     took a sixth less CPU than 128."""
 
     def __init__(self, model, tokenizer, page: int = 32, rows_at_once: int = 32):
-        self.model, self.tokenizer, self.page, self.rows_at_once = (
-            model,
-            tokenizer,
-            page,
-            rows_at_once,
-        )
+        self.model, self.tokenizer = model, tokenizer
+        self.page, self.rows_at_once = page, rows_at_once
 
     def lengths(self, requests, group: int, s: Sampling) -> list[int]:
         longest = max(len(ids) for _, ids in requests) + s.max_new_tokens
@@ -96,27 +90,18 @@ class Llama:
 
     def __init__(self, server: str, weights: str, tokenizer, slots: int = 64, context: int = 256):
         self.tokenizer, threads = tokenizer, str(torch.get_num_threads())
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = str(free_port())
         if Path(server).name.startswith("python"):
             self.slots = 1
-            command = [
-                server,
-                "-m",
-                "llama_cpp.server",
-                "--model",
-                weights,
-                "--n_ctx",
-                str(context),
-            ]
+            command = [server, "-m", "llama_cpp.server", "--model", weights]
+            command += ["--n_ctx", str(context)]
             command += ["--port", port, "--n_threads", threads, "--n_threads_batch", threads]
         else:
             self.slots = slots
             command = [server, "--model", weights, "--ctx-size", str(slots * context)]
             command += ["--parallel", str(slots), "--port", port]
             command += ["--threads", threads, "--threads-batch", threads]
-        self.address = f"http://127.0.0.1:{port}/v1/completions"
+        self.client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         self.process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -127,21 +112,24 @@ class Llama:
         while True:
             try:
                 return self.complete([self.tokenizer.eos_token_id], Sampling(1, 0.0))
-            except (urllib.error.URLError, ConnectionError):  # still loading
+            except (APIConnectionError, InternalServerError):  # still loading
                 if self.process.poll() is not None or time.monotonic() > end:
                     raise SystemExit(f"error: {self.process.args[0]} does not serve the model")
                 time.sleep(0.2)
 
     def complete(self, ids: list[int], s: Sampling) -> tuple[str, int]:
         """Text and number of tokens of one answer."""
-        settings = {"max_tokens": s.max_new_tokens, "temperature": s.temperature, "seed": s.seed}
-        settings |= {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
-        body = json.dumps({"prompt": self.tokenizer.decode(ids), **settings}).encode()
-        request = urllib.request.Request(self.address, body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request) as response:
-            answer = json.load(response)
-        assert answer["usage"]["prompt_tokens"] == len(ids), (answer["usage"], len(ids))
-        return answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
+        answer = self.client.completions.create(
+            model="served",
+            prompt=self.tokenizer.decode(ids),
+            max_tokens=s.max_new_tokens,
+            temperature=s.temperature,
+            top_p=1.0,
+            seed=s.seed,
+            extra_body={"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0},
+        )
+        assert answer.usage.prompt_tokens == len(ids), (answer.usage, len(ids))
+        return answer.choices[0].text, answer.usage.completion_tokens
 
     def lengths(self, requests, group: int, s: Sampling) -> list[int]:
         jobs = [(ids, s._replace(seed=s.seed + k)) for _, ids in requests for k in range(group)]

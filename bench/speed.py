@@ -170,16 +170,13 @@ def sampler_bench(bench: Bench, vllm: Path, llama: Path, quick: bool):
             fixed |= {"groups": [8], "max_new_tokens": 64 if name == "tiny" else 12}
         engines = ["ours", "dynamic", "static"] + ["vllm"] * vllm.exists()
         sides = {engine: {"engine": engine, **fixed} for engine in engines}
-        sides["continuous"] = {
-            "engine": "continuous",
-            **fixed,
-            "groups": [8],
-        }  # slow ones: one group
+        one_group = {**fixed, "groups": [8]}  # for slow ones
+        sides["continuous"] = {"engine": "continuous", **one_group}
         if name == "smollm2" and llama.exists():
             if not (ROOT / GGUF).exists():
                 subprocess.run([sys.executable, "bench/to_gguf.py", GGUF], cwd=ROOT, check=True)
             served = {"server": str(llama), "weights": GGUF}
-            sides["llama"] = {"engine": "llama", **served, **fixed, "groups": [8]}
+            sides["llama"] = {"engine": "llama", **served, **one_group}
         bench.alternate(f"sampler {name}", "sampler", sides, pythons)
     for peer, path in (("vllm", vllm), ("llama", llama)):
         if not path.exists():
@@ -241,15 +238,13 @@ def compare(rows: dict) -> dict:
 
     for name in ("tiny", "smollm2"):
         ours = rate(f"sampler {name}", "ours", "8")
-        sides = ("dynamic", "static", "vllm", "continuous", "llama")
-        peers = {side: rate(f"sampler {name}", side, "8") for side in sides}
-        best = max(
-            (peers["dynamic"], peers["static"]), key=lambda r: statistics.median(r) if r else 0
-        )
+        caches = [rate(f"sampler {name}", side, "8") for side in ("dynamic", "static")]
+        best = max(caches, key=lambda r: statistics.median(r) if r else 0)
         found["sampler"][f"{name}_vs_generate"] = ratio(ours, best) if ours else None
-        for side in sides[2:]:
-            both = ours and peers[side]
-            found["sampler"][f"{name}_vs_{side}"] = ratio(ours, peers[side]) if both else None
+        for side in ("vllm", "continuous", "llama"):
+            theirs = rate(f"sampler {name}", side, "8")
+            both = ours and theirs
+            found["sampler"][f"{name}_vs_{side}"] = ratio(ours, theirs) if both else None
     for key, name in (
         ("sft", "sft spread"),
         ("grpo_update", "grpo update"),

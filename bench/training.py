@@ -9,7 +9,7 @@ the end token, so that responses end by themselves, their lengths geometric.
 Ours is the stage itself: stage 02's `train`, stage 04's `main`, at 4096 padded tokens a pass. TRL is its trainer in
 float32 with the same weights, token ids, optimizer and learning rate, at its default of 8 rows a pass; it also computes
 entropy (and accuracy) at each step, and its fused head, which has no kernel for CPUs, scores every position. "trl best"
-is TRL with what else can be set (TRL_BEST in bench/speed.py): rows a pass, a step's rows sorted by length
+is TRL with what else can be set (TRL_TRIED in bench/speed.py): rows a pass, a step's rows sorted by length
 (`"sorted"`, which its own length-grouped sampler does over all rows and so changes what a step holds), no padding at all
 (`"padding_free"`, needs no flash attention: sdpa gets a block-diagonal mask), in GRPO rows sampled at once. One clock
 for both: the end of every optimizer step. Both say loss, gradient norm and label tokens of each step, so that equal
