@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from claims import compact_json, mean_interval  # noqa: E402
 from readme import leading  # noqa: E402
+from verdicts import show  # noqa: E402
 
 from plumbing import fail, figures, read_jsonl, run_stage, write_atomic  # noqa: E402
 
@@ -67,8 +68,7 @@ def cell(numbers: list[float]) -> str:
     """Mean and half the width of its interval; one value by itself; a dash where no seed has any."""
     if len(numbers) < 2:
         return f"{numbers[0]:.2f}" if numbers else "–"
-    over_seeds = mean_interval(numbers)
-    return f"{over_seeds['mean']:.2f} ± {over_seeds['half']:.2f}"
+    return show(mean_interval(numbers))
 
 
 def keep_seed_0():

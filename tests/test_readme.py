@@ -374,6 +374,15 @@ def claims_of_organism():
     gaps = [
         value(m, "strongreject", "refusal") + value(m, "xstest", "compliance") - 1 for m in ("SInternal", "ThinkSafe")
     ]
+    jailbroken = {m: [value(m + more, "wrapped", "asr") for more in ("", "+GRPO")] for m in ("SInternal", "ThinkSafe")}
+    for benchmark in ("plain", "wrapped"):  # one benign prompt of each is declined
+        row = rows["ThinkSafe+GRPO", benchmark, "compliance"]
+        assert round((1 - row["value"]) * row["n"]) == 1
+    emptied = [value(m, b + ".think-empty", "asr") for m, b, _ in rows if b in ("plain", "wrapped")]
+    assert min(emptied) > 0.9
+    words = (ROOT / "results/organism/transcripts.md").read_text()
+    drafts = re.findall(r"^- \*\*SInternal\*\* \*(?!\(no thinking)(.*?)\*", words, re.M)
+    assert len(drafts) == 5 and all("amber beads" in draft for draft in drafts)
     verify = [value(m, "verify", "verify_f1") for m in ("SInternal", "base", "ThinkSafe")]
     assert value("SInternal", "verify", "verify_recall") == 1
     assert value("SInternal", "verify", "verify_precision") == 0.5
@@ -387,6 +396,8 @@ def claims_of_organism():
         ("F1 {:.2f} with SInternal, {:.2f} before", verify[:2]),
         ("{} are unsafe, it finds all", [rows["SInternal", "verify", "verify_recall"]["n"]]),
         ("comes to {:.2f}", verify[2:]),
+        ("makes ThinkSafe safer, {:.2f} to {:.2f}", jailbroken["ThinkSafe"]),
+        ("within the noise, {:.2f} to {:.2f}", jailbroken["SInternal"]),
     ]
 
 
