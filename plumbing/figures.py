@@ -366,3 +366,4 @@ def draw_categories(categories: list[dict], models: list[str], judge: str, path:
     axis.set_yticks(range(len(kinds)), labels, fontsize=8)
     figure.suptitle(f"{TITLES['asr']}, by category, judge {judge}", fontsize=9)
     figure.savefig(path, dpi=130)
+    plt.close(figure)
