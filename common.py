@@ -206,9 +206,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         y = self.base(x)
-        if self.on:
-            low_rank = (self.dropout(x) @ self.A.T.to(x.dtype)) @ self.B.T.to(x.dtype)
-            y = y + low_rank * self.scale
+        if self.on:  # the scale goes where there is least to multiply
+            low_rank = self.dropout(x) @ self.A.T.to(x.dtype) * self.scale
+            y = y + low_rank @ self.B.T.to(x.dtype)
         return y
 
 
@@ -372,14 +372,14 @@ class TokenScorer(nn.Module):
 
         def head(h, label, h0):
             log_p = distribution(self.model, h)
-            with torch.no_grad():
-                entropy = -log_p.exp().mul_(log_p).sum(-1)  # in place: one (chunk, V) less
-            divergence = None
+            log_probs, divergence = log_p.gather(1, label.unsqueeze(1)).squeeze(1), None
             if full_kl:
                 with torch.no_grad(), lora_off(self.model):  # the head may have LoRA too
                     log_r = distribution(self.reference or self.model, h0)
                 divergence = (log_r.exp() * (log_r - log_p)).sum(-1)
-            return log_p.gather(1, label.unsqueeze(1)).squeeze(1), entropy, divergence
+            with torch.no_grad():  # last: the backward pass, which needs none, ends before it
+                entropy = -log_p.exp().mul_(log_p).sum(-1)  # in place: one (chunk, V) less
+            return log_probs, entropy, divergence
 
         logits_at_once = 2**28 if ids.is_cuda else 10_000_000
         chunk = chunk or logits_at_once // self.model.config.vocab_size

@@ -49,31 +49,37 @@ def judge(prompt, answer):
 """
 
 
-def new_model(vocabulary: int):
+def new_model(vocabulary: int, hidden: int, layers: int, context: int = 4096):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    shape = dict(hidden_size=HIDDEN, num_hidden_layers=LAYERS, intermediate_size=1024, head_dim=64)
-    shape |= dict(num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=4096)
+    shape = dict(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=hidden * 8 // 3)
+    shape |= dict(num_attention_heads=hidden // 64, num_key_value_heads=-(-hidden // 192))
+    shape |= dict(head_dim=64, max_position_embeddings=context)
     torch.manual_seed(0)
     ends = dict(eos_token_id=END, pad_token_id=PAD, bos_token_id=None, tie_word_embeddings=False)
     return Qwen3ForCausalLM(Qwen3Config(vocab_size=vocabulary, **shape, **ends))
 
 
-def make(folder: Path):
-    """The model folder, its tokenizer of numbered words, GRPO's prompts and the rule that rewards."""
+def new_tokenizer(vocabulary: int):
+    """Of numbered words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    model = new_model(VOCABULARY)
-    model.get_input_embeddings().weight.data[2::80, 0] = 3.0  # a feature of one token in 80 ...
-    model.get_output_embeddings().weight.data[END, 0] = 2.5  # ... calls for the end token
-    model.save_pretrained(folder)
-    words = {"<end>": END, "<pad>": PAD} | {f"w{i}": i for i in range(2, VOCABULARY)}
+    words = {"<end>": END, "<pad>": PAD} | {f"w{i}": i for i in range(2, vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
     fast.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
-    fast.save_pretrained(folder)
+    return fast
+
+
+def make(folder: Path):
+    """The model folder, its tokenizer, GRPO's prompts and the rule that rewards."""
+    model = new_model(VOCABULARY, HIDDEN, LAYERS)
+    model.get_input_embeddings().weight.data[2::80, 0] = 3.0  # a feature of one token in 80 ...
+    model.get_output_embeddings().weight.data[END, 0] = 2.5  # ... calls for the end token
+    model.save_pretrained(folder)
+    new_tokenizer(VOCABULARY).save_pretrained(folder)
     draw = random.Random(0)
     prompts = [
         " ".join(f"w{draw.randrange(2, VOCABULARY)}" for _ in range(draw.randint(30, 90)))
@@ -325,7 +331,7 @@ def grpo(wanted: dict, folder: Path, run: Path) -> dict:
 
 def head(wanted: dict) -> dict:
     """One pass forward and back with LoRA over `tokens` tokens, half of them labels, and a vocabulary of that size."""
-    model = new_model(wanted["vocabulary"])
+    model = new_model(wanted["vocabulary"], HIDDEN, LAYERS)
     add_lora(model, 16, 32.0, 0.0, ALL_LINEAR, 0)
     draw, size = torch.Generator().manual_seed(0), 256
     rows = torch.randint(

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import load, next_token_log_probs
 
 import plumbing
@@ -130,6 +131,26 @@ def test_scorer_against_a_full_forward_pass(model):
             expected.append((row[token], -(np.exp(row) * row).sum()))
     np.testing.assert_allclose(found.detach().numpy(), [e[0] for e in expected], atol=2e-5)
     np.testing.assert_allclose(entropy.numpy(), [e[1] for e in expected], atol=2e-5)
+
+
+@pytest.mark.parametrize("full_kl", [False, True])
+def test_the_backward_pass_computes_logits_again_but_no_entropy(model, full_kl):
+    """Of operations that only the entropy needs: exp of log-probs, one a chunk (a full KL takes another)."""
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            names.append(operation.overloadpacket.__name__)
+            return operation(*args, **(kwargs or {}))
+
+    batch, names = pad_batch([Example([5, 6, 7], [8, 9]), Example([5], [10, 11, 12, 2])]), []
+    scorer = TokenScorer(lora_twin(model, ["q_proj"], 0.05))
+    with Counting():
+        scores = scorer(*batch, full_kl=full_kl, chunk=2)
+    assert names.count("exp") == 3 * (1 + full_kl)
+    loss, names = scores.divergence.sum() if full_kl else scores.log_probs.sum(), []
+    with Counting():
+        loss.backward()
+    assert names.count("exp") == 3 * full_kl and names.count("_log_softmax") == 3 * (1 + full_kl)
 
 
 def lora_twin(model, targets, std):
