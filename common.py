@@ -13,12 +13,14 @@ import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import plumbing
 from plumbing import CLOSE, OPEN, THINKING, encode_plain, fail
@@ -159,10 +161,9 @@ def parse_verdict(answer: str) -> str:
 def response_ids(tokenizer, thinking: str | None, answer: str, opened: bool) -> list[int]:
     """Ids of a whole response with its end token; tags and end are the only special tokens in it.
 
-    Built from parts, because chat templates drop the thinking of assistant turns (trap 4). An
-    answerless one ends at `</think>`, one of a model that writes no thinking (None) is its answer.
-    The line ends around a text are read with it, as the model writes them: `.\\n` may be one
-    token."""
+    Built from parts, because chat templates drop the thinking of assistant turns (trap 4). Without
+    an answer it ends at `</think>`; if the model writes no thinking (None), the answer is all. Line
+    ends around a text are read with it, as the model writes them: `.\\n` may be one token."""
     if thinking is None:
         return [*encode_plain(tokenizer, answer), plumbing.end_token(tokenizer)]
     begin = [] if opened else tokenizer.encode("<think>", add_special_tokens=False)
@@ -338,6 +339,8 @@ class Scores(NamedTuple):
 class TokenScorer(nn.Module):
     """The trainer's forward pass, a module so that accelerate can wrap it."""
 
+    kept_logits = 2**26  # 256 MB in float32
+
     def __init__(self, model, recompute: bool = False, reference=None):
         super().__init__()
         if recompute:
@@ -356,8 +359,9 @@ class TokenScorer(nn.Module):
         """Scores of the N response tokens, row after row: ids (B, T), mask (B, T).
 
         The head runs on response positions only, `chunk` at a time (0 = as many as fill 40 MB, on a
-        GPU 1 GB, of logits) and again in the backward pass, so that logits of a 151 k vocabulary
-        never exist at once. `full_kl` runs the reference too: without one, the model, LoRA off."""
+        GPU 1 GB, of logits), and again in the backward pass if there are more than kept_logits, so
+        that they never exist at once. `full_kl` runs the reference too: the model with LoRA off if
+        there is none."""
 
         def hidden_states(model):  # (N, H): position t predicts token t + 1; (N, V) if not fast
             decoder = model.get_decoder() if self.fast else model
@@ -381,16 +385,15 @@ class TokenScorer(nn.Module):
                 entropy = -log_p.exp().mul_(log_p).sum(-1)  # in place: one (chunk, V) less
             return log_probs, entropy, divergence
 
-        logits_at_once = 2**28 if ids.is_cuda else 10_000_000
-        chunk = chunk or logits_at_once // self.model.config.vocab_size
+        chunk = chunk or (2**28 if ids.is_cuda else 10_000_000) // self.model.config.vocab_size
         hidden, labels = hidden_states(self.model), ids[:, 1:][mask[:, 1:]]
         reference = [None] * (1 + len(labels) // chunk)
         if full_kl:
             with torch.no_grad(), lora_off(self.model):
                 reference = hidden_states(self.reference or self.model).split(chunk)
-        parts = []
+        again, parts = len(labels) * self.model.config.vocab_size > self.kept_logits, []
         for part in zip(hidden.split(chunk), labels.split(chunk), reference):
-            parts.append(torch.utils.checkpoint.checkpoint(head, *part, use_reentrant=False))
+            parts.append(checkpoint(head, *part, use_reentrant=False) if again else head(*part))
         log_probs, entropy, divergence = zip(*parts)
         divergence = torch.cat(divergence) if full_kl else None
         return Scores(torch.cat(log_probs), torch.cat(entropy), divergence)
@@ -455,10 +458,7 @@ def cosine_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 def epochs_of(run: Path, options, items: list, trainer: Trainer):
     """training_steps for so many epochs, at a cosine rate."""
     steps = options.epochs * math.ceil(len(items) / options.batch_size)
-
-    def rate_at(step):
-        return cosine_rate(step, steps, options.learning_rate, options.warmup)
-
+    rate_at = partial(cosine_rate, steps=steps, peak=options.learning_rate, warmup=options.warmup)
     return training_steps(run, options, items, steps, rate_at, trainer)
 
 

@@ -113,11 +113,14 @@ def test_reward(row, state, verdict, expected):
     assert found == pytest.approx(expected, nan_ok=True)
 
 
-def test_scorer_against_a_full_forward_pass(model):
-    """Log-probs and entropy of response tokens, chunked and checkpointed, against plain logits in float64."""
+@pytest.mark.parametrize("kept", [2**26, 0])
+def test_scorer_against_a_full_forward_pass(model, kept):
+    """Log-probs and entropy of response tokens, chunked kept and computed again, against plain logits in float64."""
     rows = [Example([5, 6, 7], [8, 9]), Example([5], [10, 11, 12, 2])]
     ids, mask = pad_batch(rows)
-    found, entropy = TokenScorer(model)(ids, mask, 0.7, chunk=4)[:2]
+    scorer = TokenScorer(model)
+    scorer.kept_logits = kept
+    found, entropy = scorer(ids, mask, 0.7, chunk=4)[:2]
     expected = []
     for prompt, response in rows:  # one row at a time: no padding at all
         logits = model(input_ids=torch.tensor([prompt + response])).logits[0].detach().double().numpy() / 0.7
@@ -134,8 +137,10 @@ def test_scorer_against_a_full_forward_pass(model):
 
 
 @pytest.mark.parametrize("full_kl", [False, True])
-def test_the_backward_pass_computes_logits_again_but_no_entropy(model, full_kl):
-    """Of operations that only the entropy needs: exp of log-probs, one a chunk (a full KL takes another)."""
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_backward_pass_computes_many_logits_again_but_no_entropy(model, full_kl, kept):
+    """Of operations that only the entropy needs: exp of log-probs, one a chunk (a full KL takes another). Six labels
+    of the model's vocabulary are kept, or one logit too many to be."""
 
     class Counting(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
@@ -144,13 +149,15 @@ def test_the_backward_pass_computes_logits_again_but_no_entropy(model, full_kl):
 
     batch, names = pad_batch([Example([5, 6, 7], [8, 9]), Example([5], [10, 11, 12, 2])]), []
     scorer = TokenScorer(lora_twin(model, ["q_proj"], 0.05))
+    scorer.kept_logits = 6 * model.config.vocab_size - (not kept)
     with Counting():
         scores = scorer(*batch, full_kl=full_kl, chunk=2)
     assert names.count("exp") == 3 * (1 + full_kl)
     loss, names = scores.divergence.sum() if full_kl else scores.log_probs.sum(), []
     with Counting():
         loss.backward()
-    assert names.count("exp") == 3 * full_kl and names.count("_log_softmax") == 3 * (1 + full_kl)
+    again = 0 if kept else 3  # chunks
+    assert names.count("exp") == again * full_kl and names.count("_log_softmax") == again * (1 + full_kl)
 
 
 def lora_twin(model, targets, std):
@@ -182,8 +189,10 @@ def test_divergence_and_its_gradient_against_the_whole_vocabulary(model, targets
     (expected * weights).sum().backward()
 
     names, parameters = zip(*((n, p) for n, p in twin.named_parameters() if p.requires_grad))
-    for chunk in (1, 3, 2048):
-        found = TokenScorer(twin)(*pad_batch(rows), full_kl=True, chunk=chunk).divergence
+    scorer = TokenScorer(twin)
+    for chunk, kept in ((1, 2**26), (3, 2**26), (2048, 2**26), (1, 0), (3, 0)):
+        scorer.kept_logits = kept
+        found = scorer(*pad_batch(rows), full_kl=True, chunk=chunk).divergence
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
         gradients = torch.autograd.grad((found * weights).sum(), parameters)
         for name, gradient in zip(names, gradients):
