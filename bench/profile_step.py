@@ -121,37 +121,43 @@ def grouped(events) -> tuple[dict, dict]:
 
 
 def table(plain: dict, profiled: dict, groups: dict, rest: dict, peak: float) -> str:
-    """Markdown; shares are of the profiled wall, `peak` in GFLOP/s."""
-    lines = ["# Where a training step's seconds go", ""]
-    lines += [
-        f"Torch {torch.__version__}, {torch.get_num_threads()} threads, torch.mm at {peak:.0f} GFLOP/s.",
+    """Markdown; shares of seconds are of the profiled wall, `peak` in GFLOP/s."""
+    wall = profiled["wall"]
+    about = f"Torch {torch.__version__}, {torch.get_num_threads()} threads"
+    lines = [
+        "# Where a training step's seconds go",
         "",
+        f"{about}, torch.mm at {peak:.0f} GFLOP/s.",
     ]
     lines += [
+        "",
+        "## Whole",
+        "",
         "| | wall s | CPU s | page faults | needed GFLOP | share of the peak |",
-        "|---|---|---|---|---|---|",
     ]
+    lines += ["|" + "---|" * 6]
     for name, one in (("as it is", plain), ("under the profiler", profiled)):
         share = one["needed gflop"] / one["wall"] / peak
-        cells = f"{one['wall']:.2f} | {one['cpu']:.2f} | {one['page faults']} | {one['needed gflop']:.0f} | {share:.2f}"
-        lines.append(f"| {name} | {cells} |")
-    lines += ["", "| part | seconds | share | GFLOP | of the peak |", "|---|---|---|---|---|"]
+        cells = [f"{one['wall']:.2f}", f"{one['cpu']:.2f}", f"{one['page faults']:,}"]
+        cells += [f"{one['needed gflop']:.0f}", f"{share:.2f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "## Parts",
+        "",
+        "| part | seconds | share | GFLOP | of the peak |",
+        "|" + "---|" * 5,
+    ]
     for name, one in groups.items():
-        speed = (
-            f"{one['gflop']:.0f} | {one['gflop'] / one['seconds'] / peak:.2f}"
-            if one["gflop"]
-            else "– | –"
-        )
-        lines.append(
-            f"| {name} | {one['seconds']:.2f} | {one['seconds'] / profiled['wall']:.2f} | {speed} |"
-        )
-    python = profiled["wall"] - sum(one["seconds"] for one in groups.values())
-    lines.append(
-        f"| Python and the profiler | {python:.2f} | {python / profiled['wall']:.2f} | – | – |"
-    )
-    lines += ["", "| operation of the rest | seconds | share |", "|---|---|---|"]
+        speed = "– | –"
+        if one["gflop"]:
+            speed = f"{one['gflop']:.0f} | {one['gflop'] / one['seconds'] / peak:.2f}"
+        lines.append(f"| {name} | {one['seconds']:.2f} | {one['seconds'] / wall:.2f} | {speed} |")
+    python = wall - sum(one["seconds"] for one in groups.values())
+    lines.append(f"| Python and the profiler | {python:.2f} | {python / wall:.2f} | – | – |")
+    lines += ["", "## The rest", "", "| operation | seconds | share |", "|" + "---|" * 3]
     for name, seconds in list(rest.items())[:12]:
-        lines.append(f"| `{name}` | {seconds:.2f} | {seconds / profiled['wall']:.2f} |")
+        lines.append(f"| `{name}` | {seconds:.2f} | {seconds / wall:.2f} |")
     return "\n".join([*lines, ""])
 
 
