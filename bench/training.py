@@ -6,7 +6,8 @@ The model is a seeded Qwen3 of 6 layers x 384 and a head of 32 k, 9 M + 12 M wei
 products and not Python take the time (tiny/lrm has 1 M), and two cores are enough. One token in 80 is followed by
 the end token, so that responses end by themselves, their lengths geometric.
 
-Ours is the stage itself: stage 02's `train`, stage 04's `main`, at 4096 padded tokens a pass. TRL is its trainer in
+Ours is the stage itself: stage 02's `train`, stage 04's `main`, at 4096 padded tokens a pass; "ours best" at the number
+that is fastest here. TRL is its trainer in
 float32 with the same weights, token ids, optimizer and learning rate, at its default of 8 rows a pass; it also computes
 entropy (and accuracy) at each step, and its fused head, which has no kernel for CPUs, scores every position. "trl best"
 is TRL with what else can be set (TRL_TRIED in bench/speed.py): rows a pass, a step's rows sorted by length
@@ -53,8 +54,9 @@ def new_model(vocabulary: int, hidden: int, layers: int, context: int = 4096):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     shape = dict(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=hidden * 8 // 3)
-    shape |= dict(num_attention_heads=hidden // 64, num_key_value_heads=-(-hidden // 192))
-    shape |= dict(head_dim=64, max_position_embeddings=context)
+    heads = hidden // 64
+    shape |= dict(num_attention_heads=heads, num_key_value_heads=min(2, heads), head_dim=64)
+    shape |= dict(max_position_embeddings=context)
     torch.manual_seed(0)
     ends = dict(eos_token_id=END, pad_token_id=PAD, bos_token_id=None, tie_word_embeddings=False)
     return Qwen3ForCausalLM(Qwen3Config(vocab_size=vocabulary, **shape, **ends))
@@ -166,9 +168,9 @@ def sft(wanted: dict, folder: Path, run: Path) -> dict:
     steps, tokenizer = Steps(), load_tokenizer(str(folder))
     if wanted["side"] == "ours":
         stage = load("02_verify_sft")
-        stage.train(
-            stage.Options(model=str(folder), epochs=1, learning_rate=RATE), run, examples, tokenizer
-        )
+        options = stage.Options(model=str(folder), epochs=1, learning_rate=RATE)
+        options.micro_batch_tokens = wanted["micro_batch_tokens"]
+        stage.train(options, run, examples, tokenizer)
         rows = read_jsonl(run / "metrics.jsonl")
         losses, norms, labels = (
             [row[k] for row in rows] for k in ("loss", "gradient_norm", "label_tokens")
