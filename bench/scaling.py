@@ -173,6 +173,16 @@ def table(found: dict, threads: int) -> str:
     return "\n".join([*lines, ""])
 
 
+def short(number: int) -> str:
+    """
+    >>> short(512), short(32_000), short(2_884_096)
+    ('512', '32k', '2.9M')
+    """
+    if number < 1000:
+        return str(number)
+    return f"{number / 1e3:.0f}k" if number < 1e6 else f"{number / 1e6:.1f}M"
+
+
 def draw(found: dict, path: Path):
     """Time above, memory below, a column for each thing that grows; both axes logarithmic."""
     import matplotlib
@@ -202,6 +212,10 @@ def draw(found: dict, path: Path):
                 ylabel=label,
                 xlabel=" / ".join(NAMES[what] for what in whats),
             )
+            ticks = list(axis.lines[-1].get_xdata())
+            axis.set_xticks(ticks, [short(tick) for tick in ticks])
+            axis.set_xticks([], minor=True)
+            axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
             axis.grid(alpha=0.3)
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
