@@ -1,6 +1,7 @@
 """Speed and memory beside TRL, transformers.generate, vLLM and llama.cpp: equal work, one run.
 
     make bench                             # about 80 minutes on two idle cores
+    python bench/speed.py --parts head     # one part anew, the others as they were measured
     python bench/speed.py --quick          # about ten minutes: one repeat of less, to see that all of it works
 
 Every measurement is a process of its own (bench/sampler.py, bench/training.py), sides in turns, A B A B, five times, on
@@ -26,9 +27,12 @@ OUT, MODEL, GGUF = ROOT / "results/bench", "runs/bench/model", "runs/bench/smoll
 VOCABULARIES, TOKENS = (1_000, 32_000, 151_000), (1024, 2048, 4096, 8192)
 GOALS = """sampler.tiny_vs_generate >= 4, sampler.tiny_vs_vllm >= 1, sampler.smollm2_vs_generate >= 1.5,
 sampler.smollm2_vs_vllm >= 1, sft.speed_vs_trl >= 2.5, sft.memory_vs_trl <= 0.5, sft.speed_vs_trl_best >= 3,
-sft.memory_vs_trl_best <= 0.5, grpo_update.speed_vs_trl >= 3, grpo_step.speed_vs_trl >= 4,
+sft.memory_vs_trl_best <= 0.5, sft.share_of_peak >= 0.5,
+sft.share_of_peak_best >= 0.5, grpo_update.speed_vs_trl >= 3, grpo_step.speed_vs_trl >= 4,
 grpo_step.speed_vs_trl_best >= 3.5, head.memory_151k_vs_1k <= 1.15"""
 
+# Our stages have one setting for speed, tried as TRL's are: the fastest is the side "ours best".
+OURS_TRIED = [{"micro_batch_tokens": tokens} for tokens in (512, 1024, 2048, 4096)]
 # What can be set in TRL for a CPU, by work: `training_bench` tries each once, and the fastest is the side "trl best".
 # Left out: Liger's kernels (GPU only), its own length grouping (over all rows: steps would hold other rows than ours),
 # packing (cuts or joins rows to one length; padding_free is the same without that), vLLM (TRL starts it on GPUs only).
@@ -54,9 +58,10 @@ that make as many rows. `continuous` is transformers.generate_batch, its cache s
 begins greedy answers as we do; llama-server computes 64 requests together, that of llama-cpp-python one after another.""",
     """Tokens: of SFT all, of GRPO the generated ones. In SFT and GRPO updates both sides had the same losses, gradient
 norms and label tokens. TRL also computes entropy, and in SFT accuracy, at each step; it pads GRPO's completions to the
-longest; and its fused head, which has no kernel for CPUs, scores every position. `trl best`: the fastest of the
-settings tried below; `sorted` orders the rows of a step by length.""",
+longest; and its fused head, which has no kernel for CPUs, scores every position. `ours best`, `trl best`: the fastest
+of the settings below, each tried once; `sorted` orders the rows of a step by length.""",
     """What ours has to move and to compute at the least (bench/limits.py), against copies of 256 MB and torch.mm.""",
+    """Share of the peak: what SFT has to compute at the least, against torch.mm of 2048 x 2048 float32 matrices.""",
 ]
 
 
@@ -81,9 +86,18 @@ class Bench:
             "TOKENIZERS_PARALLELISM": "false",
         }
         packages = ("torch", "transformers", "trl", "peft", "accelerate")
-        self.about = {"processor": processor(), "threads": threads, "repeats": repeats}
-        self.about |= {"load before": os.getloadavg(), "python": platform.python_version()}
+        self.about = {"processor": processor(), "threads": threads}
+        self.about |= {"python": platform.python_version(), "parts": {}, "tried": {}}
         self.about |= {name: importlib.metadata.version(name) for name in packages}
+
+    def load(self):
+        """What is saved, by a run of other parts or by one that was stopped."""
+        saved = json.loads((OUT / "speed.json").read_text())
+        self.about, self.rows = saved["about"], saved["rows"]
+
+    def begin(self, part: str):
+        load = round(os.getloadavg()[0], 2)
+        self.about["parts"][part] = {"load before": load}
 
     def process(self, script: str, settings: dict, python: str = sys.executable) -> dict:
         command = [python, f"bench/{script}.py", json.dumps(settings)]
@@ -152,7 +166,8 @@ def equal_work(name: str, sides: dict[str, list[dict]]):
                 )
 
 
-def sampler_bench(bench: Bench, vllm: Path, llama: Path, quick: bool):
+def sampler_bench(bench: Bench, options):
+    vllm, llama = Path(options.vllm).absolute(), Path(options.llama).absolute()
     pythons = {"vllm": str(vllm)}
     models = {"tiny": ("tiny/lrm", 48, 1536), "smollm2": ("smollm2/model", 8, 64)}
     for name, (model, prompts, rows) in models.items():
@@ -166,11 +181,13 @@ def sampler_bench(bench: Bench, vllm: Path, llama: Path, quick: bool):
             "max_new_tokens": 64,
             "groups": [1, 8, 32],
         }
-        if quick:
+        if options.quick:
             fixed |= {"groups": [8], "max_new_tokens": 64 if name == "tiny" else 12}
         engines = ["ours", "dynamic", "static"] + ["vllm"] * vllm.exists()
         sides = {engine: {"engine": engine, **fixed} for engine in engines}
         one_group = {**fixed, "groups": [8]}  # for slow ones
+        if name == "smollm2":
+            sides |= {engine: {"engine": engine, **one_group} for engine in engines[1:]}
         sides["continuous"] = {"engine": "continuous", **one_group}
         if name == "smollm2" and llama.exists():
             if not (ROOT / GGUF).exists():
@@ -183,39 +200,43 @@ def sampler_bench(bench: Bench, vllm: Path, llama: Path, quick: bool):
             print(f"nothing at {path}: {peer} is skipped (make .venv-{peer}/ready)")
 
 
-def fastest(tried: list[tuple[dict, dict]]) -> dict:
-    """Of (settings, what the process said) the settings with the least wall time.
+def fastest(tried: list[tuple[dict, float]]) -> dict:
+    """Of (settings, wall seconds) the settings with the fewest.
 
-    >>> fastest([({"rows": 1}, {"wall": 3.0}), ({"rows": 2}, {"wall": 2.0})])
+    >>> fastest([({"rows": 1}, 3.0), ({"rows": 2}, 2.0)])
     {'rows': 2}
     """
-    return min(tried, key=lambda pair: pair[1]["wall"])[0]
+    return min(tried, key=lambda pair: pair[1])[0]
 
 
-def training_bench(bench: Bench, quick: bool):
+def training_bench(bench: Bench, options):
+    """The goals ask for the fastest settings of SFT on spread lengths and of whole GRPO steps."""
     bench.process("training", {"work": "make", "folder": MODEL})
     fixed = {"folder": MODEL, "steps": 2, "rows": 8, "micro_batch_tokens": 4096}
-    kinds = [
-        ("sft spread", {"work": "sft", "lengths": "spread"}),
-        ("sft equal", {"work": "sft", "lengths": "equal"}),
-    ]
-    kinds += [("grpo update", {"work": "update"}), ("grpo step", {"work": "step"})]
-    for name, what in kinds[:: 3 if quick else 1]:
-        sides = {side: {"side": side, **what, **fixed} for side in ("ours", "trl")}
-        tried = [(more, {**sides["trl"], **more}) for more in TRL_TRIED[what["work"]]]
-        tried = [(more, bench.process("training", settings)) for more, settings in tried]
-        sides["trl best"] = {**sides["trl"], **fastest(tried)}
-        bench.about[f"{name}, trl tried"] = [[more, result["wall"]] for more, result in tried]
-        print(f"{name}, trl tried: {bench.about[f'{name}, trl tried']}", flush=True)
+    kinds = {"sft spread": {"work": "sft", "lengths": "spread"}}
+    kinds |= {"sft equal": {"work": "sft", "lengths": "equal"}}
+    kinds |= {"grpo update": {"work": "update"}, "grpo step": {"work": "step"}}
+    for name in [*kinds][:: 3 if options.quick else 1]:
+        sides = {side: {"side": side, **kinds[name], **fixed} for side in ("ours", "trl")}
+        if name in ("sft spread", "grpo step"):
+            tried = {"ours": OURS_TRIED, "trl": TRL_TRIED[kinds[name]["work"]]}
+            for side, settings in tried.items():
+                walls = [bench.process("training", {**sides[side], **more}) for more in settings]
+                walls = [(more, result["wall"]) for more, result in zip(settings, walls)]
+                sides[f"{side} best"] = {**sides[side], **fastest(walls)}
+                bench.about["tried"] |= {f"{name} | {side}": walls}
+                print(f"{name}, {side}, tried: {walls}", flush=True)
         bench.alternate(name, "training", sides)
         if name != "grpo step":
             equal_work(name, bench.rows[name])
     bench.alternate("matrix peak", "training", {"peak": {"work": "peak", "folder": ""}})
 
 
-def head_bench(bench: Bench):
+def head_bench(bench: Bench, options):
     """One thing changes at a time: the vocabulary at 4096 tokens, then the tokens at 32 k."""
     sizes = dict.fromkeys([(v, 4096) for v in VOCABULARIES] + [(32_000, t) for t in TOKENS])
+    if options.quick:
+        return
     sides = {
         f"{v},{t}": {"work": "head", "vocabulary": v, "tokens": t, "folder": ""} for v, t in sizes
     }
@@ -250,15 +271,16 @@ def compare(rows: dict) -> dict:
         ("grpo_update", "grpo update"),
         ("grpo_step", "grpo step"),
     ):
-        for figure, side in (("trl", "trl"), ("trl_best", "trl best")):
-            ours, theirs = rate(name, "ours"), rate(name, side)
-            peaks = [[r["peak"] for r in rows.get(name, {}).get(s, [])] for s in ("ours", side)]
+        for figure, own, side in (("trl", "ours", "trl"), ("trl_best", "ours best", "trl best")):
+            ours, theirs = rate(name, own), rate(name, side)
+            peaks = [[r["peak"] for r in rows.get(name, {}).get(s, [])] for s in (own, side)]
             found[key][f"speed_vs_{figure}"] = ratio(ours, theirs) if ours and theirs else None
             found[key][f"memory_vs_{figure}"] = ratio(*peaks) if all(peaks) else None
     if "sft spread" in rows:
         peak = statistics.median(r["gflops"] for r in rows["matrix peak"]["peak"]) * 1e9
-        shares = [r["flops"] / r["wall"] / peak for r in rows["sft spread"]["ours"]]
-        found["sft"]["share_of_peak"] = round(statistics.median(shares), 3)
+        for figure, side in (("share_of_peak", "ours"), ("share_of_peak_best", "ours best")):
+            shares = [r["flops"] / r["wall"] / peak for r in rows["sft spread"].get(side, [])]
+            found["sft"][figure] = round(statistics.median(shares), 3) if shares else None
     if "head" in rows:
         rest = {
             key: [r["peak"] - r["embedding"] for r in repeats]
@@ -270,6 +292,8 @@ def compare(rows: dict) -> dict:
 
 def limits(rows: dict) -> list[str]:
     """The table of what our sampler has to move and to compute, as shares of what the machine can do in that time."""
+    if "matrix peak" not in rows:
+        return ["not measured: it takes the part `training` too"]
     lines = ["| model | group | GB moved | of the bandwidth | GFLOP | of the matrix peak |"]
     lines += ["|" + "---|" * 6]
     best = {k: max(r[k] for r in rows["matrix peak"]["peak"]) for k in ("bandwidth", "gflops")}
@@ -284,22 +308,30 @@ def limits(rows: dict) -> list[str]:
     return lines
 
 
+def loads(parts: dict) -> str:
+    """
+    >>> loads({"training": {"load before": 0.1}, "head": {"load before": 0.25}})
+    'training 0.1, head 0.25'
+    """
+    return ", ".join(f"{name} {part['load before']}" for name, part in parts.items())
+
+
 def tables(bench: Bench, found: dict) -> str:
-    rows, about = bench.rows, {k: v for k, v in bench.about.items() if not k.endswith("tried")}
+    rows, about = bench.rows, {k: v for k, v in bench.about.items() if k not in ("parts", "tried")}
     lines = ["# Speed and memory beside the peers", "", f"{about}", ""]
     lines += [
-        f"Median of {bench.repeats} repeats [range]; every repeat in speed.json.",
+        f"Medians [ranges]; every repeat in speed.json. Load average before {loads(bench.about['parts'])}.",
         "",
         "## Sampler, tokens/s",
         "",
     ]
     lines += [
-        "| model | engine | group | tokens/s | CPU s | tokens | lengths |",
-        "|---|---|---|---|---|---|---|",
+        "| model | engine | group | repeats | tokens/s | CPU s | tokens | lengths |",
+        "|" + "---|" * 8,
     ]
     for name in [n for n in rows if n.startswith("sampler")]:
         for side, repeats in rows[name].items():
-            for group in filter(str.isdigit, repeats[0]):
+            for group in filter(str.isdigit, repeats[0] if repeats else {}):
                 r = [one[group] for one in repeats]
                 cpu = (
                     "–" if side in ("vllm", "llama") else middle([x["cpu"] for x in r])
@@ -309,6 +341,7 @@ def tables(bench: Bench, found: dict) -> str:
                     name[8:],
                     side,
                     group,
+                    len(r),
                     middle([x["tokens"] / x["wall"] for x in r], 0),
                     cpu,
                     r[0]["tokens"],
@@ -317,22 +350,25 @@ def tables(bench: Bench, found: dict) -> str:
     lines += ["", NOTES[0], "", "## Limits", "", *limits(rows), "", NOTES[2]]
     lines += ["", "## Training", ""]
     lines += [
-        "| work | side | tokens/s | wall s | CPU s | of it sampling s | peak MB |",
-        "|" + "---|" * 7,
+        "| work | side | repeats | tokens/s | wall s | CPU s | of it sampling s | peak MB |",
+        "|" + "---|" * 8,
     ]
     for name in [n for n in rows if n.startswith(("sft", "grpo"))]:
         for side, r in rows[name].items():
+            if not r:  # the run was stopped before
+                continue
             columns = [
                 [x["tokens"] / x["wall"] for x in r],
                 *([x[k] for x in r] for k in ("wall", "cpu", "sampling")),
             ]
             cells = [middle(column) for column in columns] + [middle([x["peak"] for x in r], 0)]
-            lines.append(f"| {name} | {side} | {' | '.join(cells)} |")
-    lines += ["", NOTES[1], ""]
-    for name, tried in bench.about.items():
-        if name.endswith("tried"):
-            walls = ", ".join(f"{json.dumps(more)} {wall:.1f}" for more, wall in tried)
-            lines.append(f"- {name} once each, wall s: {walls}")
+            lines.append(f"| {name} | {side} | {len(r)} | {' | '.join(cells)} |")
+    lines += ["", NOTES[1], "", "## Settings that were tried", ""]
+    lines += ["| work | side | settings | wall s |", "|" + "---|" * 4]
+    for sides, tried in bench.about["tried"].items():
+        for more, wall in tried:
+            settings = ", ".join(f"{key} {value}" for key, value in more.items())
+            lines.append(f"| {sides} | {settings} | {wall:.1f} |")
     if "head" in rows:
         lines += ["", "## Head", ""]
         lines += [
@@ -355,10 +391,7 @@ def tables(bench: Bench, found: dict) -> str:
         if value is not None:
             said = "met" if (value >= float(bound)) == (sign == ">=") else "**missed**"
         lines.append(f"| {name} | {sign} {bound} | {value} | {said} |")
-    share = found["sft"].get("share_of_peak")
-    return "\n".join(
-        [*lines, f"| sft.share_of_peak | – | {share} | of torch.mm's float32 peak |", ""]
-    )
+    return "\n".join([*lines, "", NOTES[3], ""])
 
 
 def figures(rows: dict):
@@ -392,6 +425,9 @@ def figures(rows: dict):
     figure.savefig(OUT / "vocabulary.png", dpi=120)
 
 
+PARTS = {"training": training_bench, "head": head_bench, "sampler": sampler_bench}
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -407,15 +443,22 @@ def main():
     parser.add_argument("--quick", action="store_true", help="one repeat of less work")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--parts",
+        nargs="*",
+        default=list(PARTS),
+        choices=list(PARTS),
+        help="none: only the pages again",
+    )
     options = parser.parse_args()
     bench = Bench(options.threads, 1 if options.quick else options.repeats)
-    training_bench(bench, options.quick)
-    if not options.quick:
-        head_bench(bench)
+    if set(options.parts) != set(PARTS) and (OUT / "speed.json").exists():
+        bench.load()
+    for part in options.parts:
+        bench.begin(part)
+        PARTS[part](bench, options)
+    if "head" in bench.rows:
         figures(bench.rows)
-    sampler_bench(
-        bench, Path(options.vllm).absolute(), Path(options.llama).absolute(), options.quick
-    )
     found = compare(bench.rows)
     text = tables(bench, found)
     (OUT / "speed.md").write_text(text)
