@@ -359,9 +359,8 @@ class TokenScorer(nn.Module):
         """Scores of the N response tokens, row after row: ids (B, T), mask (B, T).
 
         The head runs on response positions only, `chunk` at a time (0 = as many as fill 40 MB, on a
-        GPU 1 GB, of logits), and again in the backward pass if there are more than kept_logits, so
-        that they never exist at once. `full_kl` runs the reference too: the model with LoRA off if
-        there is none."""
+        GPU 1 GB, of logits). More than kept_logits never exist at once: the backward pass computes
+        them again. `full_kl` runs the reference too: without one, the model, LoRA off."""
 
         def hidden_states(model):  # (N, H): position t predicts token t + 1; (N, V) if not fast
             decoder = model.get_decoder() if self.fast else model
@@ -391,7 +390,8 @@ class TokenScorer(nn.Module):
         if full_kl:
             with torch.no_grad(), lora_off(self.model):
                 reference = hidden_states(self.reference or self.model).split(chunk)
-        again, parts = len(labels) * self.model.config.vocab_size > self.kept_logits, []
+        again = len(labels) * self.model.config.vocab_size > self.kept_logits
+        parts = []
         for part in zip(hidden.split(chunk), labels.split(chunk), reference):
             parts.append(checkpoint(head, *part, use_reentrant=False) if again else head(*part))
         log_probs, entropy, divergence = zip(*parts)

@@ -11,7 +11,6 @@ operations do not cover is Python's. Attention's operations are counted without 
 import argparse
 import json
 import math
-import random
 import resource
 import sys
 import tempfile
@@ -100,8 +99,7 @@ def train(folder: Path, steps: int, profiler=None) -> dict:
         options = stage.Options(model=str(folder), epochs=1, learning_rate=training.RATE)
         stage.train(options, Path(run), examples, load_tokenizer(str(folder)))
     wall, cpu, faults = (after - before for before, after in zip(ends[0], ends[-1]))
-    order = random.Random("0|0").sample(range(len(examples)), len(examples))  # stage 02's
-    flops = training.needed_flops([examples[i] for i in order[training.SFT_BATCH :]])
+    flops = sum(map(training.needed_flops, training.in_batches(examples)[1:]))
     return {"wall": wall, "cpu": cpu, "page faults": faults, "needed gflop": flops / 1e9}
 
 

@@ -16,10 +16,8 @@ up to 2. Writes results/bench/scaling.{json,md,png}.
 import argparse
 import json
 import math
-import os
 import random
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,13 +27,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from bench.clock import settings  # noqa: E402
+from bench.speed import OUT, Bench  # noqa: E402
 from bench.training import new_model, new_tokenizer  # noqa: E402
 from common import Example, TokenScorer, add_lora, pad_batch  # noqa: E402
 from engines import Sampling  # noqa: E402
 from engines.hf import HfSampler  # noqa: E402
 from plumbing import ALL_LINEAR  # noqa: E402
 
-OUT = ROOT / "results/bench"
 FIXED = {"prompts": 8, "prompt": 128, "group": 8, "new": 32, "rows": 4, "length": 512}
 FIXED |= {"vocabulary": 1000, "hidden": 64, "layers": 2}
 CURVES = {  # (work, what grows): its values, and what else is not as FIXED
@@ -117,16 +115,12 @@ def slope(sizes: list[float], costs: list[float]) -> float:
 
 def measure(curves: dict, threads: int) -> dict[str, list[dict]]:
     """A row of points for each curve, one process after another."""
-    environment, found = os.environ | {"OMP_NUM_THREADS": str(threads)}, {}
+    bench, found = Bench(threads, repeats=1), {}
     for (work, what), (values, more) in curves.items():
         rows = found[f"{work} {what}"] = []
         for value in values:
             wanted = {**FIXED, **more, "work": work, what: value}
-            command = [sys.executable, __file__, json.dumps(wanted)]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(f"error: {' '.join(command)}\n{done.stderr[-2000:]}")
-            one = json.loads(done.stdout.strip().splitlines()[-1])
+            one = bench.process("scaling", wanted)
             rows.append({"size": one["weights"] if what == "hidden" else value, **one})
             print(f"{work} over {NAMES[what]}: {rows[-1]}", flush=True)
     return found

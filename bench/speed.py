@@ -221,8 +221,8 @@ def training_bench(bench: Bench, options):
         if name in ("sft spread", "grpo step"):
             tried = {"ours": OURS_TRIED, "trl": TRL_TRIED[kinds[name]["work"]]}
             for side, settings in tried.items():
-                walls = [bench.process("training", {**sides[side], **more}) for more in settings]
-                walls = [(more, result["wall"]) for more, result in zip(settings, walls)]
+                results = [bench.process("training", {**sides[side], **more}) for more in settings]
+                walls = [(more, result["wall"]) for more, result in zip(settings, results)]
                 sides[f"{side} best"] = {**sides[side], **fastest(walls)}
                 bench.about["tried"] |= {f"{name} | {side}": walls}
                 print(f"{name}, {side}, tried: {walls}", flush=True)
@@ -234,9 +234,9 @@ def training_bench(bench: Bench, options):
 
 def head_bench(bench: Bench, options):
     """One thing changes at a time: the vocabulary at 4096 tokens, then the tokens at 32 k."""
-    sizes = dict.fromkeys([(v, 4096) for v in VOCABULARIES] + [(32_000, t) for t in TOKENS])
     if options.quick:
         return
+    sizes = dict.fromkeys([(v, 4096) for v in VOCABULARIES] + [(32_000, t) for t in TOKENS])
     sides = {
         f"{v},{t}": {"work": "head", "vocabulary": v, "tokens": t, "folder": ""} for v, t in sizes
     }
@@ -290,12 +290,16 @@ def compare(rows: dict) -> dict:
     return found
 
 
+def header(*cells: str) -> list[str]:
+    return [f"| {' | '.join(cells)} |", "|" + "---|" * len(cells)]
+
+
 def limits(rows: dict) -> list[str]:
     """The table of what our sampler has to move and to compute, as shares of what the machine can do in that time."""
     if "matrix peak" not in rows:
         return ["not measured: it takes the part `training` too"]
-    lines = ["| model | group | GB moved | of the bandwidth | GFLOP | of the matrix peak |"]
-    lines += ["|" + "---|" * 6]
+    columns = ("model", "group", "GB moved", "of the bandwidth", "GFLOP", "of the matrix peak")
+    lines = header(*columns)
     best = {k: max(r[k] for r in rows["matrix peak"]["peak"]) for k in ("bandwidth", "gflops")}
     for name in [n for n in rows if n.startswith("sampler")]:
         for group in filter(str.isdigit, rows[name]["ours"][0]):
@@ -316,74 +320,57 @@ def loads(parts: dict) -> str:
     return ", ".join(f"{name} {part['load before']}" for name, part in parts.items())
 
 
-def tables(bench: Bench, found: dict) -> str:
-    rows, about = bench.rows, {k: v for k, v in bench.about.items() if k not in ("parts", "tried")}
-    lines = ["# Speed and memory beside the peers", "", f"{about}", ""]
-    lines += [
-        f"Medians [ranges]; every repeat in speed.json. Load average before {loads(bench.about['parts'])}.",
-        "",
-        "## Sampler, tokens/s",
-        "",
-    ]
-    lines += [
-        "| model | engine | group | repeats | tokens/s | CPU s | tokens | lengths |",
-        "|" + "---|" * 8,
-    ]
+def sampler_table(rows: dict) -> list[str]:
+    columns = ("model", "engine", "group", "repeats", "tokens/s", "CPU s", "tokens", "lengths")
+    lines = header(*columns)
     for name in [n for n in rows if n.startswith("sampler")]:
         for side, repeats in rows[name].items():
             for group in filter(str.isdigit, repeats[0] if repeats else {}):
                 r = [one[group] for one in repeats]
-                cpu = (
-                    "–" if side in ("vllm", "llama") else middle([x["cpu"] for x in r])
-                )  # its processes are not this one's
-                size = " / ".join(map(str, r[0]["lengths"].values()))
-                cells = [
-                    name[8:],
-                    side,
-                    group,
-                    len(r),
-                    middle([x["tokens"] / x["wall"] for x in r], 0),
-                    cpu,
-                    r[0]["tokens"],
-                ]
-                lines.append(f"| {' | '.join(map(str, cells))} | {size} |")
-    lines += ["", NOTES[0], "", "## Limits", "", *limits(rows), "", NOTES[2]]
-    lines += ["", "## Training", ""]
-    lines += [
-        "| work | side | repeats | tokens/s | wall s | CPU s | of it sampling s | peak MB |",
-        "|" + "---|" * 8,
-    ]
+                own_process = side not in ("vllm", "llama")
+                cells = [name[8:], side, group, len(r)]
+                cells.append(middle([x["tokens"] / x["wall"] for x in r], 0))
+                cells.append(middle([x["cpu"] for x in r]) if own_process else "–")
+                cells += [r[0]["tokens"], " / ".join(map(str, r[0]["lengths"].values()))]
+                lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def training_table(rows: dict) -> list[str]:
+    columns = ("work", "side", "repeats", "tokens/s", "wall s", "CPU s", "of it sampling s")
+    lines = header(*columns, "peak MB")
     for name in [n for n in rows if n.startswith(("sft", "grpo"))]:
         for side, r in rows[name].items():
             if not r:  # the run was stopped before
                 continue
-            columns = [
-                [x["tokens"] / x["wall"] for x in r],
-                *([x[k] for x in r] for k in ("wall", "cpu", "sampling")),
-            ]
-            cells = [middle(column) for column in columns] + [middle([x["peak"] for x in r], 0)]
-            lines.append(f"| {name} | {side} | {len(r)} | {' | '.join(cells)} |")
-    lines += ["", NOTES[1], "", "## Settings that were tried", ""]
-    lines += ["| work | side | settings | wall s |", "|" + "---|" * 4]
-    for sides, tried in bench.about["tried"].items():
-        for more, wall in tried:
+            cells = [name, side, len(r), middle([x["tokens"] / x["wall"] for x in r])]
+            cells += [middle([x[key] for x in r]) for key in ("wall", "cpu", "sampling")]
+            cells.append(middle([x["peak"] for x in r], 0))
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def settings_table(tried: dict) -> list[str]:
+    lines = header("work", "side", "settings", "wall s")
+    for sides, candidates in tried.items():
+        for more, wall in candidates:
             settings = ", ".join(f"{key} {value}" for key, value in more.items())
             lines.append(f"| {sides} | {settings} | {wall:.1f} |")
-    if "head" in rows:
-        lines += ["", "## Head", ""]
-        lines += [
-            "| vocabulary | tokens a pass | s | peak MB | without embeddings |",
-            "|" + "---|" * 5,
-        ]
-        for key, r in rows["head"].items():
-            columns = (
-                [x["wall"] for x in r],
-                [x["peak"] for x in r],
-                [x["peak"] - x["embedding"] for x in r],
-            )
-            cells = [middle(column, d) for column, d in zip(columns, (2, 0, 0))]
-            lines.append(f"| {key.replace(',', ' | ')} | {' | '.join(cells)} |")
-    lines += ["", "## Goals", "", "| figure | goal | found | |", "|" + "---|" * 4]
+    return lines
+
+
+def head_table(rows: dict) -> list[str]:
+    lines = header("vocabulary", "tokens a pass", "s", "peak MB", "without embeddings")
+    for key, r in rows.items():
+        cells = [key.replace(",", " | "), middle([x["wall"] for x in r])]
+        cells.append(middle([x["peak"] for x in r], 0))
+        cells.append(middle([x["peak"] - x["embedding"] for x in r], 0))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def goals_table(found: dict) -> list[str]:
+    lines = ["| figure | goal | found | |", "|" + "---|" * 4]
     for goal in GOALS.replace("\n", " ").split(", "):
         name, sign, bound = goal.split()
         value = found[name.split(".")[0]].get(name.split(".")[1])
@@ -391,7 +378,23 @@ def tables(bench: Bench, found: dict) -> str:
         if value is not None:
             said = "met" if (value >= float(bound)) == (sign == ">=") else "**missed**"
         lines.append(f"| {name} | {sign} {bound} | {value} | {said} |")
-    return "\n".join([*lines, "", NOTES[3], ""])
+    return lines
+
+
+def tables(bench: Bench, found: dict) -> str:
+    """The page."""
+    rows, about = bench.rows, {k: v for k, v in bench.about.items() if k not in ("parts", "tried")}
+    before = f"Load average before {loads(bench.about['parts'])}."
+    lines = ["# Speed and memory beside the peers", "", f"{about}", ""]
+    lines += [f"Medians [ranges]; every repeat in speed.json. {before}", ""]
+    lines += ["## Sampler, tokens/s", "", *sampler_table(rows), "", NOTES[0], ""]
+    lines += ["## Limits", "", *limits(rows), "", NOTES[2], ""]
+    lines += ["## Training", "", *training_table(rows), "", NOTES[1], ""]
+    lines += ["## Settings that were tried", "", *settings_table(bench.about["tried"]), ""]
+    if "head" in rows:
+        lines += ["## Head", "", *head_table(rows["head"]), ""]
+    lines += ["## Goals", "", *goals_table(found), "", NOTES[3], ""]
+    return "\n".join(lines)
 
 
 def figures(rows: dict):

@@ -7,10 +7,9 @@ products and not Python take the time (tiny/lrm has 1 M), and two cores are enou
 the end token, so that responses end by themselves, their lengths geometric.
 
 Ours is the stage itself: stage 02's `train`, stage 04's `main`, at 4096 padded tokens a pass; "ours best" at the number
-that is fastest here. TRL is its trainer in
-float32 with the same weights, token ids, optimizer and learning rate, at its default of 8 rows a pass; it also computes
-entropy (and accuracy) at each step, and its fused head, which has no kernel for CPUs, scores every position. "trl best"
-is TRL with what else can be set (TRL_TRIED in bench/speed.py): rows a pass, a step's rows sorted by length
+that is fastest here. TRL is its trainer in float32 with the same weights, token ids, optimizer and learning rate, at its
+default of 8 rows a pass; it also computes entropy (and accuracy) at each step, and its fused head, which has no kernel
+for CPUs, scores every position. "trl best" is TRL with what else can be set (TRL_TRIED in bench/speed.py): rows a pass, a step's rows sorted by length
 (`"sorted"`, which its own length-grouped sampler does over all rows and so changes what a step holds), no padding at all
 (`"padding_free"`, needs no flash attention: sdpa gets a block-diagonal mask), in GRPO rows sampled at once. One clock
 for both: the end of every optimizer step. Both say loss, gradient norm and label tokens of each step, so that equal
@@ -110,6 +109,14 @@ def sft_examples(count: int, spread: bool) -> list[Example]:
     ]
 
 
+def in_batches(examples: list[Example]) -> list[list[Example]]:
+    """As stage 02 takes them in its first epoch at seed 0, so that batches are equal."""
+    order = random.Random("0|0").sample(range(len(examples)), len(examples))
+    return [
+        [examples[i] for i in order[k : k + SFT_BATCH]] for k in range(0, len(order), SFT_BATCH)
+    ]
+
+
 def needed_flops(examples: list[Example]) -> float:
     """Forward and back with frozen weights: 4 a weight and token (2 + 2), of the head for labels only, and of attention
     6 x width a layer for each pair of tokens that see each other; what recomputation and padding add is not counted."""
@@ -158,12 +165,7 @@ class Steps:
 
 def sft(wanted: dict, folder: Path, run: Path) -> dict:
     examples = sft_examples(wanted["steps"] * SFT_BATCH, wanted["lengths"] == "spread")
-    order = random.Random("0|0").sample(
-        range(len(examples)), len(examples)
-    )  # stage 02's, so that batches are equal
-    chunks = [
-        [examples[i] for i in order[k : k + SFT_BATCH]] for k in range(0, len(order), SFT_BATCH)
-    ]
+    chunks = in_batches(examples)
     tokens = [sum(len(e.prompt) + len(e.response) for e in chunk) for chunk in chunks]
     steps, tokenizer = Steps(), load_tokenizer(str(folder))
     if wanted["side"] == "ours":
