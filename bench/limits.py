@@ -4,7 +4,8 @@ With W numbers in the matrices (H of them the head's), L layers, A query heads a
 P tokens, and n samples of it, s tokens long (the first comes from the prompt's own pass, the last is never read):
 
     a step      reads the W matrix weights once, for all rows together
-    a row       at its t-th step reads keys and values of P + t tokens: 2 L K D numbers each
+                and keys and values of each prompt, once for its rows: 2 L K D numbers for each of P tokens
+    a row       at its t-th step reads keys and values of its own t tokens
                 computes 2 W operations, and 4 L A D (P + t) for its scores and their mix
     a prompt    computes 2 (W - H) P + 2 H operations, and 4 L A D P (P + 1) / 2 for its attention
 
@@ -47,10 +48,10 @@ def least_work(shape: Shape, prompts: list[int], samples: list[list[int]]) -> di
     attended = 4 * w.layers * w.query_heads * w.width
     for p, sizes in zip(prompts, samples, strict=True):
         operations += 2 * (w.matrices - w.head) * p + 2 * w.head + attended * p * (p + 1) // 2
-        for size in sizes:
-            read = (size - 1) * p + size * (size - 1) // 2  # P + t, t = 1 ... s - 1
-            numbers += 2 * w.layers * w.key_heads * w.width * read
-            operations += 2 * w.matrices * (size - 1) + attended * read
+        own = sum(size * (size - 1) // 2 for size in sizes)  # t = 1 ... s - 1
+        numbers += 2 * w.layers * w.key_heads * w.width * ((max(sizes) - 1) * p + own)
+        steps = sum(size - 1 for size in sizes)
+        operations += 2 * w.matrices * steps + attended * (steps * p + own)
     return {"bytes": 4 * numbers, "operations": operations}
 
 

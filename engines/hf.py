@@ -61,10 +61,35 @@ def one_token_attention(module, query, key, value, attention_mask, scaling=None,
         more["scaling"] = scaling
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
     query = query.view(*key.shape[:2], -1, key.size(3))  # (R, KV heads, heads / KV heads, D)
-    mixed = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=scaling
-    )
+    if hasattr(key, "prompt"):
+        mixed = shared_prompt_attention(query, key, value, attention_mask, scaling)
+    else:
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scaling
+        )
     return mixed.reshape(len(key), 1, -1, value.size(3)), None
+
+
+def shared_prompt_attention(query, key, value, attention_mask, scaling=None):
+    """The same where n rows have one prompt: its keys and values, key.prompt, (B, KV heads, P, D)
+    each, are read once for all of them. `key`, `value`: of the tokens after it, row by row."""
+    (keys, values), (R, heads, share, D) = key.prompt, query.shape
+    B, n = len(keys), R // len(keys)
+
+    def by_prompt(x):  # (R, heads, share, *) -> (B, heads, n * share, *)
+        return x.view(B, n, heads, share, -1).transpose(1, 2).reshape(B, heads, n * share, -1)
+
+    def by_row(x):
+        return x.view(B, heads, n, share, -1).transpose(1, 2).reshape(R, heads, share, -1)
+
+    query = query * (D**-0.5 if scaling is None else scaling)
+    to_prompt = by_prompt(query) @ keys.transpose(2, 3)  # (B, heads, n * share, P)
+    if attention_mask is not None:  # (R, 1, 1, P + tokens after), the same for the rows of a prompt
+        to_prompt.masked_fill_(~attention_mask[::n, :, :, : keys.size(2)], -math.inf)
+    to_own = by_prompt(query @ key.transpose(2, 3))
+    weights = torch.cat([to_prompt, to_own], dim=-1).float().softmax(-1).to(value.dtype)
+    to_prompt, to_own = weights.split([keys.size(2), key.size(2)], dim=-1)
+    return by_row(to_prompt @ values) + by_row(to_own) @ value
 
 
 AttentionInterface.register("one_token", one_token_attention)
@@ -72,23 +97,45 @@ AttentionMaskInterface.register("one_token", sdpa_mask)
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer's keys and values with room for 64 more tokens: transformers' own copies all of them
-    for every token, which was 38 % of the time of sampling from tiny/lrm."""
+    """A layer's keys and values with room for 32 more tokens: transformers' own copies all of them
+    for every token, which was 38 % of the time of sampling from tiny/lrm. Those of a prompt are
+    kept once for its n rows, until rows leave; `keys` and `values` are then what came after it."""
+
+    prompt = room = None  # (keys, values) of B prompts; (2, R, KV heads, tokens, D) with room left
+
+    def get_seq_length(self):
+        of_prompt = self.prompt[0].size(2) if self.prompt else 0
+        return of_prompt + (self.keys.size(2) if self.is_initialized else 0)
 
     def update(self, key, value, *_, **__):
-        start, end = self.get_seq_length(), self.get_seq_length() + key.size(2)
         if not self.is_initialized:
             self.lazy_initialization(key, value)
-        rows_have_left = start > 0 and len(key) != self.room.size(1)
-        if start == 0 or end > self.room.size(3) or rows_have_left:
-            self.room = key.new_empty(2, *key.shape[:2], end + 64, key.size(3))
-            if start:
-                self.room[0, :, :, :start] = self.keys
-                self.room[1, :, :, :start] = self.values
+            self.keys, self.values = key, value
+            return key, value
+        start, end = self.keys.size(2), self.keys.size(2) + key.size(2)
+        if self.room is None or end > self.room.size(3):
+            self.room = key.new_empty(2, *key.shape[:2], end + 32, key.size(3))
+            self.room[0, :, :, :start] = self.keys
+            self.room[1, :, :, :start] = self.values
         self.room[0, :, :, start:end] = key
         self.room[1, :, :, start:end] = value
         self.keys, self.values = self.room[:, :, :, :end]
+        if self.prompt:
+            self.keys.prompt = self.prompt  # for the attention, which sees keys and no cache
         return self.keys, self.values
+
+    def batch_repeat_interleave(self, n):
+        if n > 1:
+            self.prompt = self.keys, self.values
+            self.keys, self.values = (x[:, :, :0].repeat_interleave(n, 0) for x in self.prompt)
+
+    def batch_select_indices(self, rows):
+        keys, values = self.keys[rows], self.values[rows]
+        if self.prompt:
+            owners = rows // (len(self.keys) // len(self.prompt[0]))
+            keys = torch.cat([self.prompt[0][owners], keys], dim=2)
+            values = torch.cat([self.prompt[1][owners], values], dim=2)
+        self.keys, self.values, self.prompt, self.room = keys, values, None, None
 
 
 def without_gradients(device):
@@ -99,7 +146,7 @@ def without_gradients(device):
 
 class CachedRows:
     """R = B * n rows of a batch in front of a model with a KV cache: each prompt is computed once
-    and its cache expanded to its n rows. `room` tokens may be appended. V = vocabulary."""
+    for its n rows. `room` tokens may be appended. V = vocabulary."""
 
     layer = DynamicLayer
 

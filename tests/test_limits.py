@@ -13,12 +13,13 @@ def test_least_work_by_hand():
     heads, 1 key head of width 2; 10 numbers in matrices, 4 of them the head's."""
     work = least_work(Shape(10, 4, 1, 2, 1, 2), [3, 1], [[2, 3], [1]])
     weights = 3 * 10  # the prompts' pass and two steps
-    read = 4 + (4 + 5)  # tokens: the shorter answer's one step, the longer one's two, each with its own token
+    read = 2 * 3 + 1 + (1 + 2)  # tokens: the prompt in two steps for both answers, then each one's own
     assert work["bytes"] == 4 * (weights + 2 * 2 * read)
     prompts = (2 * 6 * 3 + 2 * 4) + (2 * 6 * 1 + 2 * 4)
     scores = (1 + 2 + 3) + 1  # keys that the prompts' tokens see
     steps = 3 * 2 * 10  # three tokens are read
-    assert work["operations"] == prompts + steps + 4 * 2 * 2 * (scores + read)
+    seen = 4 + (4 + 5)  # keys that each row's tokens see: the prompt's and its own
+    assert work["operations"] == prompts + steps + 4 * 2 * 2 * (scores + seen)
 
 
 def test_shape_and_operations_are_those_that_torch_counts(model):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import assert_log_probs
 
+from common import load_model
 from engines import Sampling
-from engines.hf import HfSampler
+from engines.hf import FastRows, HfSampler
 
 
 def run(model, tokenizer, requests, n=1, batch_tokens=32_768, **sampling):
@@ -53,3 +54,33 @@ def test_log_probs_and_finish(model, tokenizer, requests, temperature, new):
             ended = sample.ids[-1] == tokenizer.eos_token_id
             assert sample.finish == ("stop" if ended else "length") and (ended or len(sample.ids) == new)
             assert tokenizer.eos_token_id not in sample.ids[:-1]
+
+
+@pytest.mark.parametrize("prompts", [[[5, 6, 7, 8, 9], [10, 11]], [[5, 6, 7], [10, 11, 12]]])
+def test_a_prompt_is_kept_once_for_its_rows_until_rows_leave(model, tokenizer, prompts):
+    """Four rows of each prompt; next-token log-probs are those of a plain pass over the whole rows, by another model
+    object that has transformers' attention."""
+    HfSampler(model, tokenizer, 1000)  # sets the attention that knows of it
+    plain, width = load_model("tiny/lrm"), max(map(len, prompts))
+    rows = [list(prompt) for prompt in prompts for _ in range(4)]
+
+    def append_and_compare(tokens):
+        for row, token in zip(rows, tokens, strict=True):
+            row.append(token)
+        ours = batch.append(torch.tensor(tokens)).log_softmax(-1)
+        for row, log_probs in zip(rows, ours, strict=True):
+            expected = plain(input_ids=torch.tensor([row])).logits[0, -1].log_softmax(-1)
+            torch.testing.assert_close(log_probs, expected, atol=1e-4, rtol=0)
+
+    with torch.no_grad():
+        batch = FastRows(model, prompts, 4, 40)
+        layer = batch.cache.layers[-1]
+        for step in range(35):  # its room ends once
+            append_and_compare(range(20 + step, 28 + step))
+            assert len(layer.prompt[0]) == 2 and layer.prompt[0].size(2) == width
+            assert layer.keys.shape[::2] == (8, step + 1) and layer.get_seq_length() == width + step + 1
+        batch.keep(torch.tensor([0, 5, 6]))
+        rows = [rows[0], rows[5], rows[6]]
+        for tokens in ([3, 4, 5], [6, 7, 8]):
+            append_and_compare(tokens)
+        assert layer.prompt is None and layer.keys.shape[::2] == (3, width + 37)
