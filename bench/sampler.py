@@ -22,6 +22,8 @@ from engines.hf import HfSampler  # noqa: E402
 from engines.vllm import VllmSampler  # noqa: E402
 from plumbing import read_jsonl  # noqa: E402
 
+BATCH_TOKENS = 65_536
+TINY = "tiny/prompts/train.jsonl", "tiny/prompts/train_sums.jsonl"  # what stage 04 answers there
 QUESTIONS = """What is the capital of France? Answer in one word.
 Explain in a few sentences why bread rises.
 Name three colours.
@@ -32,76 +34,87 @@ Translate "good morning" into Spanish.
 List the steps to change a bicycle tyre.""".split("\n")
 
 
+class Ours:
+    """Our samplers, asked as the peers are. `answers`: {request: lengths of its answers}, the last time."""
+
+    def __init__(self, sampler):
+        self.sampler, self.answers = sampler, {}
+
+    def lengths(self, requests, group: int, s: Sampling) -> list[int]:
+        rows = self.sampler.generate(requests, group, s)
+        self.answers = {i: [len(one.ids) for one in row] for i, row in rows}
+        return sum(self.answers.values(), [])
+
+    def close(self):
+        self.sampler.close()
+
+
+def requests_for(model: str, tokenizer, count: int) -> list[tuple[str, list[int]]]:
+    texts = QUESTIONS
+    if model == "tiny/lrm":
+        rows = [row for file in TINY for row in read_jsonl(file)]
+        texts = [row["prompt"] for row in rows[:: len(rows) // count]]
+    chats = [[{"role": "user", "content": text}] for text in texts[:count]]
+    return [(str(i), render_chat(tokenizer, chat)[0]) for i, chat in enumerate(chats)]
+
+
+def open_engine(wanted: dict, tokenizer):
+    name, model = wanted["engine"], wanted["model"]
+    if name == "ours":
+        return Ours(HfSampler(load_model(model), tokenizer, BATCH_TOKENS))
+    if name == "vllm":
+        return Ours(VllmSampler(model, tokenizer))
+    if name == "llama":
+        return Llama(wanted["server"], wanted["weights"], tokenizer)
+    theirs = load_model(model)
+    theirs.set_attn_implementation("sdpa")  # transformers' own
+    if name == "continuous":
+        return Continuous(theirs, tokenizer)
+    return Generate(theirs, tokenizer, name)
+
+
+def require_same_beginnings(llama: Llama, model: str, requests) -> int:
+    """How many of llama.cpp's greedy answers begin as ours do: three in four at least."""
+    ours = HfSampler(load_model(model), llama.tokenizer, BATCH_TOKENS)
+    greedy = ours.generate(requests, 1, Sampling(8, 0.0))
+    same = same_beginnings({requests[i][0]: one.ids for i, [one] in greedy}, llama, requests, 8)
+    assert same >= 0.75 * len(requests), f"llama.cpp begins {same} of {len(requests)} as we do"
+    return same
+
+
+def measured(engine, requests, group: int, s: Sampling) -> dict:
+    clock = Clock()
+    lengths = sorted(engine.lengths(requests, group, s))
+    clock = clock.read()
+    assert len(lengths) == group * len(requests) and lengths[-1] <= s.max_new_tokens
+    spread = {
+        "shortest": lengths[0],
+        "median": lengths[len(lengths) // 2],
+        "longest": lengths[-1],
+    }
+    return {"tokens": sum(lengths), "lengths": spread, **clock}
+
+
 def main():
     wanted = settings()
     tokenizer = load_tokenizer(wanted["model"])
-    if wanted["model"] == "tiny/lrm":
-        files = [
-            "tiny/prompts/train.jsonl",
-            "tiny/prompts/train_sums.jsonl",
-        ]  # what stage 04 answers by default
-        rows = [row for file in files for row in read_jsonl(file)]
-        texts = [row["prompt"] for row in rows[:: len(rows) // wanted["prompts"]]]
-    else:
-        texts = QUESTIONS
-    chats = [[{"role": "user", "content": text}] for text in texts[: wanted["prompts"]]]
-    requests = [(str(i), render_chat(tokenizer, chat)[0]) for i, chat in enumerate(chats)]
-    if wanted["engine"] == "vllm":
-        engine = VllmSampler(wanted["model"], tokenizer)
-    elif wanted["engine"] == "ours":
-        engine = HfSampler(load_model(wanted["model"]), tokenizer, 65_536)
-    elif wanted["engine"] == "llama":
-        engine = Llama(wanted["server"], wanted["weights"], tokenizer)
-        greedy = HfSampler(load_model(wanted["model"]), tokenizer, 65_536).generate(
-            requests, 1, Sampling(8, 0.0)
-        )
-        greedy = {requests[i][0]: one.ids for i, [one] in greedy}
-        same = same_beginnings(greedy, engine, requests, 8)
-        assert same >= 0.75 * len(requests), f"llama.cpp begins {same} of {len(requests)} as we do"
-    else:
-        model = load_model(wanted["model"])
-        model.set_attn_implementation("sdpa")  # transformers' own
-        if wanted["engine"] == "continuous":
-            engine = Continuous(model, tokenizer)
-        else:
-            engine = Generate(model, tokenizer, wanted["engine"])
-
-    answers = {}  # lengths of the answers to each request, of the samplers that are ours
-
-    def sample(group: int, s: Sampling) -> list[int]:
-        asked = requests[: wanted["rows"] // group]
-        if wanted["engine"] not in ("ours", "vllm"):
-            return engine.lengths(asked, group, s)
-        sizes = {i: [len(one.ids) for one in row] for i, row in engine.generate(asked, group, s)}
-        answers.update(sizes)
-        return sum(sizes.values(), [])
-
+    requests = requests_for(wanted["model"], tokenizer, wanted["prompts"])
+    engine, results = open_engine(wanted, tokenizer), {}
+    if wanted["engine"] == "llama":
+        same = require_same_beginnings(engine, wanted["model"], requests)
+        results["same beginnings"] = same
     s = Sampling(wanted["max_new_tokens"], 1.0)
-    sample(2, s._replace(max_new_tokens=4))  # caches, kernels, threads
-    found = {}
+    engine.lengths(requests, 2, s._replace(max_new_tokens=4))  # caches, kernels, threads
     for group in wanted["groups"]:
-        answers.clear()
-        clock = Clock()
-        lengths = sorted(sample(group, s))
-        clock = clock.read()
-        assert (
-            len(lengths) == group * min(len(requests), wanted["rows"] // group)
-            and lengths[-1] <= s.max_new_tokens
-        )
-        spread = {
-            "shortest": lengths[0],
-            "median": lengths[len(lengths) // 2],
-            "longest": lengths[-1],
-        }
-        found[str(group)] = {"tokens": sum(lengths), "lengths": spread, **clock}
+        asked = requests[: wanted["rows"] // group]
+        row = measured(engine, asked, group, s)
         if wanted["engine"] == "ours":
-            prompts = [len(requests[i][1]) for i in answers]
-            found[str(group)] |= least_work(shape_of(engine.model), prompts, [*answers.values()])
+            prompts = [len(asked[i][1]) for i in engine.answers]
+            row |= least_work(shape_of(engine.sampler.model), prompts, [*engine.answers.values()])
+        results[str(group)] = row
     if wanted["engine"] in ("vllm", "llama"):
         engine.close()
-    if wanted["engine"] == "llama":
-        found["same beginnings"] = same
-    finish(found)
+    finish(results)
 
 
 if __name__ == "__main__":
