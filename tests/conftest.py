@@ -17,6 +17,11 @@ sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests first: one that began last would be waited for alone."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
+
+
 def load(name: str):
     """A numbered stage as a module: its name is no identifier, so `import` cannot."""
     spec = importlib.util.spec_from_file_location("stage_" + name[:2], ROOT / f"{name}.py")

@@ -41,15 +41,22 @@ def server() -> subprocess.Popen:
     return process
 
 
+def import_what_stages_import():
+    import accelerate.utils  # noqa: F401
+    import math_verify  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import torch.profiler  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: F401
+    from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
+
+    import engines.hf  # noqa: F401
+    import judges.qwen3guard  # noqa: F401
+
+
 def serve():
     """Forks for each line of stdin, and says how the command ended."""
     sys.path[0] = str(ROOT)
-    import accelerate.utils  # noqa: F401
-    import transformers  # noqa: F401
-
-    import engines.hf  # noqa: F401
-    import judges  # noqa: F401
-
+    import_what_stages_import()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import pytest
+import started
 from conftest import ROOT, load, rows
 
 import plumbing
@@ -205,6 +206,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report", type=Path)
     options = parser.parse_args()
+    started.import_what_stages_import()
     lines = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
