@@ -110,7 +110,7 @@ claims-theory: $(VENV)/ready  ## ThinkSafe's theory, and own against another mod
 # `make .venv-vllm/ready .venv-llama/ready` first to have vLLM and llama.cpp beside; BENCH=--quick for one repeat of less
 VLLM ?= .venv-vllm/bin/python
 LLAMA ?= .venv-llama/bin/python
-bench: $(VENV)/ready smollm2/model/config.json  ## speed and memory beside TRL, transformers.generate, vLLM and llama.cpp, about 90 minutes on two idle cores
+bench: $(VENV)/ready smollm2/model/config.json  ## speed and memory beside TRL, transformers.generate, vLLM and llama.cpp, an hour and three quarters on two idle cores
 	$(PY) bench/profile_step.py
 	$(PY) bench/scaling.py
 	$(PY) bench/speed.py --vllm $(VLLM) --llama $(LLAMA) $(BENCH)

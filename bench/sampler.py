@@ -101,8 +101,7 @@ def main():
     requests = requests_for(wanted["model"], tokenizer, wanted["prompts"])
     engine, results = open_engine(wanted, tokenizer), {}
     if wanted["engine"] == "llama":
-        same = require_same_beginnings(engine, wanted["model"], requests)
-        results["same beginnings"] = same
+        results["same beginnings"] = require_same_beginnings(engine, wanted["model"], requests)
     s = Sampling(wanted["max_new_tokens"], 1.0)
     engine.lengths(requests, 2, s._replace(max_new_tokens=4))  # caches, kernels, threads
     for group in wanted["groups"]:

@@ -1,6 +1,6 @@
 """Speed and memory beside TRL, transformers.generate, vLLM and llama.cpp: equal work, one run.
 
-    make bench                             # about 80 minutes on two idle cores
+    make bench                             # an hour and three quarters on two idle cores
     python bench/speed.py --parts head     # one part anew, the others as they were measured
     python bench/speed.py --quick          # about ten minutes: one repeat of less, to see that all of it works
 

@@ -83,13 +83,13 @@ def shared_prompt_attention(query, key, value, attention_mask, scaling=None):
         return x.view(B, heads, n, share, -1).transpose(1, 2).reshape(R, heads, share, -1)
 
     query = query * (D**-0.5 if scaling is None else scaling)
-    to_prompt = by_prompt(query) @ keys.transpose(2, 3)  # (B, heads, n * share, P)
+    prompt_scores = by_prompt(query) @ keys.transpose(2, 3)  # (B, heads, n * share, P)
     if attention_mask is not None:  # (R, 1, 1, P + tokens after), the same for the rows of a prompt
-        to_prompt.masked_fill_(~attention_mask[::n, :, :, : keys.size(2)], -math.inf)
-    to_own = by_prompt(query @ key.transpose(2, 3))
-    weights = torch.cat([to_prompt, to_own], dim=-1).float().softmax(-1).to(value.dtype)
-    to_prompt, to_own = weights.split([keys.size(2), key.size(2)], dim=-1)
-    return by_row(to_prompt @ values) + by_row(to_own) @ value
+        prompt_scores.masked_fill_(~attention_mask[::n, :, :, : keys.size(2)], -math.inf)
+    own_scores = by_prompt(query @ key.transpose(2, 3))
+    weights = torch.cat([prompt_scores, own_scores], dim=-1).float().softmax(-1).to(value.dtype)
+    of_prompt, of_own = weights.split([keys.size(2), key.size(2)], dim=-1)
+    return by_row(of_prompt @ values) + by_row(of_own) @ value
 
 
 AttentionInterface.register("one_token", one_token_attention)
