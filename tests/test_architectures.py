@@ -153,6 +153,44 @@ def test_a_path_that_is_wrong_by_a_little_gives_way(monkeypatch, capsys):
     assert sampler_of(model).rows is CachedRows and model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_rounding_to_bfloat16_slows_no_model(name, capsys):
+    """Its proof is in float32: the same ways are right, and its weights are the very ones that they were."""
+    _, rows_class, fast_head = ARCHITECTURES[name]
+    model = network(name).to(torch.bfloat16)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    scorer, sampler = TokenScorer(model), sampler_of(model)
+    fast_head &= name != "mamba2"  # its last layer gives float32, which its head takes from no one else
+    assert (sampler.rows, scorer.fast) == (rows_class, fast_head)
+    after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert all(after[key] is tensor for key, tensor in tensors.items())
+    examples = [Example(ids[:4], ids[4:]) for _, ids in REQUESTS]
+    ours = scorer(*pad_batch(examples)).log_probs.detach().double()
+    assert (ours - chosen(network(name), examples)).abs().max() > 1e-4  # in bfloat16, now as before
+    capsys.readouterr()
+
+
+def test_a_path_that_is_wrong_by_a_little_gives_way_in_bfloat16_too(monkeypatch):
+    """Rounding alone moves log-probs by more than this attention does."""
+    attention = engines.hf.one_token_attention
+    wrong = lambda module, query, key, value, *args, **more: attention(module, query, key, value * 1.01, *args, **more)  # noqa: E731
+    monkeypatch.setitem(engines.hf.AttentionInterface._global_mapping, "one_token", wrong)
+    assert sampler_of(network("llama").to(torch.bfloat16)).rows is CachedRows
+
+
+def test_a_path_that_does_not_run_in_the_models_own_precision_gives_way(monkeypatch):
+    attention = engines.hf.one_token_attention
+
+    def refuses(module, query, *args, **more):
+        if query.dtype == torch.bfloat16:
+            raise RuntimeError("no kernel for bfloat16")
+        return attention(module, query, *args, **more)
+
+    monkeypatch.setitem(engines.hf.AttentionInterface._global_mapping, "one_token", refuses)
+    assert sampler_of(network("llama")).rows is FastRows
+    assert sampler_of(network("llama").to(torch.bfloat16)).rows is CachedRows
+
+
 def test_a_model_that_looks_ahead_is_refused(monkeypatch):
     """Padding on the right changes what it says, so nothing here is right for it: one line."""
     model = network("llama")
@@ -203,7 +241,7 @@ def test_trainer_and_sampler_of_one_model_share_its_attention(tokenizer):
     """What 04 does: the trainer is proven before the sampler sets its attention, and is right after it too."""
     from accelerate import Accelerator
 
-    options = SimpleNamespace(model="tiny/lrm", lora_rank=0, learning_rate=1e-3, recompute=False)
+    options = SimpleNamespace(model="tiny/lrm", lora_rank=0, learning_rate=1e-3, recompute=False, dtype="auto")
     trainer = make_trainer(Accelerator(cpu=True), options, torch.float32)
     HfSampler(trainer.model, tokenizer, 1000)
     assert trainer.model.config._attn_implementation == "one_token"
