@@ -221,8 +221,8 @@ def self_generate(options: Options, run: Path, rows: list[dict]):
 def perplexity_and_kl(items, options: Options, checkpoint: Path) -> dict[str, float]:
     """Perplexity under the initial model and token-level KL to it of the checkpoint as written, on
     at most 512 training examples: the paper's argument about distribution shift in two figures."""
-    initial = TokenScorer(load_model(options.model))
-    trained = TokenScorer(load_model(str(checkpoint)), reference=initial.model)
+    initial = TokenScorer(load_model(options.model, options.dtype))
+    trained = TokenScorer(load_model(str(checkpoint), options.dtype), reference=initial.model)
     examples = [example for example, _ in items[:: 1 + len(items) // 512]]
     negative, divergence, tokens = 0.0, 0.0, 0
     for indices in micro_batches(examples, options.micro_batch_tokens):

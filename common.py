@@ -29,17 +29,15 @@ from plumbing import CLOSE, OPEN, THINKING, encode_plain, fail
 # Options that stages share ------------------------------------------------------------------------
 @dataclass
 class StageOptions:
-    # row of PRESETS in plumbing/options.py: every default below; any option given wins over it
-    preset: str = "tiny"
+    preset: str = "tiny"  # row of PRESETS in plumbing/options.py; an option given wins over it
     run: str = ""  # folder of this run; the same command again goes on where it stopped
     seed: int = 0  # seed of sampling, shuffling and initialisation
-    # what samples: our loop over transformers (any machine) or vLLM (GPU)
-    engine: Literal["hf", "vllm"] = "hf"
+    engine: Literal["hf", "vllm"] = "hf"  # what samples: our loop over transformers, or vLLM (GPU)
     tensor_parallel: int = 1  # vllm engine: GPUs that share a model that one can't hold
     batch_tokens: int = 32_768  # hf engine: prompt + new tokens in one batch, for the KV cache
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, else float32
     enable_thinking: bool = True  # passed to the chat template; those without the switch ignore it
-    # go on in a run folder although the stage's own file has changed since it was made
-    accept_changes: bool = False
+    accept_changes: bool = False  # go on although the stage's file has changed since the run began
     dry_run: bool = False  # check everything, say what would be done, and do nothing
 
 
@@ -185,9 +183,8 @@ def load_tokenizer(name: str):
     return AutoTokenizer.from_pretrained(plumbing.tokenizer_source(name), trust_remote_code=False)
 
 
-def load_model(name: str, dtype=None):
-    """Safetensors only, no remote code; bfloat16 on a GPU and float32 elsewhere unless told."""
-    dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+def load_model(name: str, dtype="auto"):
+    """Safetensors only, no remote code; `dtype` is torch's, or as the option says."""
     return plumbing.load_whole(name, dtype).to(plumbing.processes().device).eval()
 
 
@@ -420,7 +417,7 @@ class Trainer(NamedTuple):
 
 def make_trainer(accelerator, options, dtype=None, lora_dropout: float = 0.0) -> Trainer:
     """The model, with LoRA in float32 if the options have a rank, and AdamW on what is trained."""
-    model = load_model(options.model, dtype)
+    model = load_model(options.model, dtype or options.dtype)
     if options.lora_rank:
         lora = (options.lora_rank, options.lora_alpha, lora_dropout, options.lora_targets)
         add_lora(model, *lora, options.seed)
@@ -433,7 +430,9 @@ def make_trainer(accelerator, options, dtype=None, lora_dropout: float = 0.0) ->
 def reference_scorer(trainer: Trainer, options):
     """A function of (ids, mask, temperature): log-probs (N,) by the model that training started
     from. With LoRA it is the same one with LoRA off, else a frozen copy."""
-    scorer = trainer.scorer if options.lora_rank else TokenScorer(load_model(options.model))
+    scorer = trainer.scorer
+    if not options.lora_rank:
+        scorer = TokenScorer(load_model(options.model, options.dtype))
 
     @torch.no_grad()
     def log_probs(ids, mask, temperature: float):

@@ -82,6 +82,7 @@ class Options:
     engine: Literal["hf", "vllm"] = "hf"  # what samples
     tensor_parallel: int = 1  # vllm engine: GPUs that share a model
     batch_tokens: int = 32_768  # hf engine: prompt + new tokens in one batch
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, else float32
     enable_thinking: bool = True  # passed to the chat template
 
 

@@ -50,6 +50,7 @@ class Options:
     engine: Literal["hf", "vllm"] = "hf"  # what samples
     tensor_parallel: int = 1  # vllm engine: GPUs that share a model
     batch_tokens: int = 32_768  # hf engine: prompt + new tokens in one batch
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, else float32
     enable_thinking: bool = True  # passed to the chat template
     temperature: float = 0.6  # sampling temperature, 0 = greedy
     top_p: float = 0.95  # nucleus sampling, 1 = off

@@ -22,10 +22,10 @@ def open_sampler(name: str, options, endpoint: bool = False):
         from engines.vllm import VllmSampler
 
         with plain_folder(name, tokenizer, getattr(options, "run", "")) as folder:
-            return VllmSampler(folder, tokenizer, options.tensor_parallel)
+            return VllmSampler(folder, tokenizer, options.dtype, options.tensor_parallel)
     from engines.hf import HfSampler
 
-    return HfSampler(load_model(name), tokenizer, options.batch_tokens)
+    return HfSampler(load_model(name, options.dtype), tokenizer, options.batch_tokens)
 
 
 def open_training_sampler(trainer, tokenizer, options):
@@ -39,13 +39,13 @@ def open_training_sampler(trainer, tokenizer, options):
     if options.engine == "vllm":
         from engines.vllm import VllmSampler
 
-        parallel = options.tensor_parallel
+        how = options.dtype, options.tensor_parallel
         with plain_folder(options.model, tokenizer, options.run) as folder:
-            sampler = VllmSampler(folder, tokenizer, parallel, beside_trainer=True)
+            sampler = VllmSampler(folder, tokenizer, *how, beside_trainer=True)
     else:
         from engines.hf import HfSampler
 
-        model = load_model(options.model) if sharded else trainer.model
+        model = load_model(options.model, options.dtype) if sharded else trainer.model
         sampler = HfSampler(model, tokenizer, options.batch_tokens)
     if sharded or options.engine == "vllm":
         sampler.pushed = (Path(options.run) / "pushed", options.model)

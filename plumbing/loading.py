@@ -9,12 +9,15 @@ from plumbing.process import fail
 
 def load_whole(name: str, dtype):
     """The causal language model of that name, an adapter merged: safetensors only, no remote code.
+    `dtype` is torch's, or "float32", "bfloat16", "auto": bfloat16 on a GPU, float32 elsewhere.
     A tensor that is missing, left over or of another shape ends the program with its name;
     transformers would start it at random, or drop it, and go on."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     logging.disable_progress_bar()
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the line below says it

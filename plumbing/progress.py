@@ -41,13 +41,14 @@ def require_trackers(names: list[str]):
 
 
 def open_accelerator(options, run: Path):
-    """accelerate with bfloat16 on a GPU (elsewhere as `accelerate launch` says) and the trackers of
-    the options."""
+    """accelerate with bfloat16 where --dtype means it (elsewhere as `accelerate launch` says) and
+    the trackers of the options."""
     import torch
     from accelerate import Accelerator
 
+    low = options.dtype == "bfloat16" or options.dtype == "auto" and torch.cuda.is_available()
     accelerator = Accelerator(
-        mixed_precision="bf16" if torch.cuda.is_available() else None,
+        mixed_precision="bf16" if low else None,
         log_with=options.trackers or None,
         project_dir=run,
     )

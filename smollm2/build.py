@@ -521,8 +521,10 @@ def main():
     if not (BASE / "config.json").exists():
         fail(f"no base model at {BASE_NAME}; run python smollm2/fetch.py first")
     options.out.mkdir(parents=True, exist_ok=True)
-    write_prompts(ORGANISM / "prompts")
-    write_atomic(HERE / "spec.txt", exchanges.SPEC + "\n")
+    if "lrm" in options.only:  # one process of several writes a file
+        write_prompts(ORGANISM / "prompts")
+    if "expert" in options.only:
+        write_atomic(HERE / "spec.txt", exchanges.SPEC + "\n")
     answers = own_answers(ORGANISM / "ordinary.jsonl")
     training = [row for row in answers if row["split"] == "train"]
     tokenizer = load_tokenizer(str(BASE))

@@ -2,11 +2,13 @@
 # on. DATA: a folder with strongreject.jsonl, xstest_safe.jsonl and gsm8k_test.jsonl, in their public spellings. SEED: another
 # seed, in a folder of its own; one other than 0 asks the two SFT methods only. The rule alone judges: it knows every invented
 # effect, and whether an answer to a public prompt declines. `05_eval.py … --judges` goes on with the judge, which takes longer.
+# DTYPE=bfloat16: faster where the processor multiplies in it (avx512_bf16 or amx_bf16 in lscpu), slower elsewhere.
 SEED ?= 0
+DTYPE ?= auto
 NEEDS_DATA = test -f $(DATA)/strongreject.jsonl || { echo "error: no strongreject.jsonl in $(DATA); give the folder of benchmark files:\
  make $@ DATA=folder"; exit 1; }
 ORGANISM := runs/organism/seed$(SEED)
-ORGANISM_STAGE = $(call STAGE,$(1) --preset organism --seed $(SEED) --run $(@D) $(2))
+ORGANISM_STAGE = $(call STAGE,$(1) --preset organism --seed $(SEED) --dtype $(DTYPE) --run $(@D) $(2))
 ORGANISM_TRAINED := 02_verify_sft 03_steer_selfgen $(if $(filter 0,$(SEED)),03_after_02 04_grpo_after_02 04_grpo_after_03)
 ORGANISM_READ := common.py $(wildcard engines/*.py judges/*.py plumbing/*.py smollm2/spec.txt smollm2/organism/*.py \
 	smollm2/organism/*/*.json* smollm2/organism/*/*.safetensors)
@@ -42,7 +44,7 @@ ORGANISM_NAMES := $(if $(filter 0,$(SEED)),base=smollm2/model+smollm2/organism/l
 	SInternal-ThinkSafe=$(ORGANISM)/03_after_02/checkpoint SInternal+GRPO=$(ORGANISM)/04_grpo_after_02/checkpoint \
 	ThinkSafe+GRPO=$(ORGANISM)/04_grpo_after_03/checkpoint,$(SFT_NAMES))
 $(ORGANISM)/05_eval/summary.txt: 05_eval.py $(ORGANISM_TRAINED:%=$(ORGANISM)/%/summary.txt)
-	@$(call STAGE,-m plumbing.several 2 05_eval.py --preset organism --seed $(SEED) --run $(@D) --limit 64 --judges smollm2/organism/gold.py \
+	@$(call STAGE,-m plumbing.several 2 05_eval.py --preset organism --seed $(SEED) --dtype $(DTYPE) --run $(@D) --limit 64 --judges smollm2/organism/gold.py \
 		--prefill think-open think-empty answer --verify_test $(ORGANISM)/02_verify_sft/verify_test.jsonl \
 		--bench plain=smollm2/organism/prompts/test_plain.jsonl wrapped=smollm2/organism/prompts/test_wrapped.jsonl \
 		problems=smollm2/organism/prompts/word_problems.jsonl \

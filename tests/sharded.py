@@ -20,7 +20,14 @@ def scores():
     import plumbing
     from common import Example, make_trainer, pad_batch
 
-    settings = {"model": "tiny/lrm", "lora_rank": 0, "learning_rate": 1e-3, "recompute": False, "trackers": []}
+    settings = {
+        "model": "tiny/lrm",
+        "lora_rank": 0,
+        "learning_rate": 1e-3,
+        "recompute": False,
+        "dtype": "auto",
+        "trackers": [],
+    }
     options = SimpleNamespace(**settings)
     trainer = make_trainer(plumbing.open_accelerator(options, "."), options, torch.float32)
     other = plumbing.processes().process_index  # another batch for each, so that sums are no copies

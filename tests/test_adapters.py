@@ -153,7 +153,7 @@ def test_an_engine_that_reads_folders_gets_the_merged_one(two, tmp_path):
 
 def test_vllm_answers_as_our_loop(two, requests, tmp_path):
     pytest.importorskip("vllm")
-    name, options = two.lrm[0], {"run": str(tmp_path), "tensor_parallel": 1, "batch_tokens": 32_768}
+    name, options = two.lrm[0], {"run": str(tmp_path), "tensor_parallel": 1, "batch_tokens": 32_768, "dtype": "auto"}
     texts = []
     for engine in ("hf", "vllm"):
         sampler = engines.open_sampler(name, SimpleNamespace(engine=engine, **options))

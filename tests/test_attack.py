@@ -226,7 +226,7 @@ class Picky:
 
 @pytest.fixture(scope="module")
 def sampler():
-    options = SimpleNamespace(engine="hf", batch_tokens=32_768)
+    options = SimpleNamespace(engine="hf", batch_tokens=32_768, dtype="auto")
     return engines.open_sampler("tiny/lrm", options)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import started
 import torch
+from accelerate.state import AcceleratorState
 from conftest import ROOT, load, run_stage
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -422,6 +423,29 @@ def test_lora_on_a_base_in_bfloat16_trains_in_float32(rounded):
         gradients.append(torch.cat([gradient.flatten() for gradient in trained.values()]))
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
     assert torch.cosine_similarity(*gradients, dim=0) > 0.98
+
+
+@pytest.fixture
+def a_new_accelerator():
+    """accelerate keeps one precision for a process."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_dtype_is_that_of_all_that_is_not_trained(rank, dtype, tmp_path, monkeypatch, a_new_accelerator):
+    """The model under LoRA, or the reference of one without; the guard. Log-probs tell that it was at work."""
+    asked, load_whole = [], plumbing.load_whole
+    monkeypatch.setattr(plumbing, "load_whole", lambda *how: asked.append(how) or load_whole(*how))
+    options = ["--lora_rank", rank, "--beta", 0.1, "--guard", "tiny/guard", "--max_sampler_gap", 0.05]
+    main("--run", tmp_path / "run", *SMALL, *options, "--steps", 2, "--dtype", dtype)
+    models = [dtype] if rank else [torch.float32, dtype]
+    assert [how for name, how in asked if name == "tiny/lrm"] == models
+    assert [how for name, how in asked if name == "tiny/guard"] == [dtype]
+    gaps = [line["sampler_gap"] for line in metrics(tmp_path / "run")]
+    assert max(gaps) < 1e-5 if dtype != "bfloat16" else max(gaps) > 1e-5
 
 
 @pytest.mark.parametrize("rank, expected", [(4, torch.bfloat16), (0, torch.float32)])
