@@ -33,7 +33,7 @@ class VllmSampler(Sampler):
     def __init__(self, name: str, tokenizer, dtype="auto", tensor_parallel=1, beside_trainer=False):
         from vllm import LLM
 
-        extra = {"tensor_parallel_size": tensor_parallel, "dtype": dtype}
+        extra = {"tensor_parallel_size": tensor_parallel, "dtype": plumbing.choose_dtype(dtype)}
         if beside_trainer:
             extra["worker_extension_cls"] = "engines.vllm.WeightReceiver"
         if beside_trainer and torch.cuda.is_available():
@@ -42,7 +42,6 @@ class VllmSampler(Sampler):
         if not torch.cuda.is_available():
             # vLLM 0.32 on a CPU: a prompt prefilled in chunks breaks seeded requests
             extra |= {"enforce_eager": True, "enable_chunked_prefill": False}
-            extra["dtype"] = "float32" if dtype == "auto" else dtype
         elif here.num_processes > 1:  # one engine and one GPU for each process
             os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus()[here.local_process_index]
         self.llm = LLM(

@@ -17,7 +17,7 @@ from plumbing.benchmarks import BENCHMARKS, load_benchmark, load_benchmarks
 from plumbing.checks import require_both_labels, require_free_names, require_texts
 from plumbing.checks import require_unseen
 from plumbing.figures import write_evaluation
-from plumbing.loading import load_whole
+from plumbing.loading import choose_dtype, load_whole
 from plumbing.models import dry_config, dry_tokenizer, require_model
 from plumbing.names import base_and_adapter, base_of, content_of, file_label, fingerprint
 from plumbing.names import is_endpoint, load_rule, local_name, model_config, name_pairs

@@ -7,17 +7,21 @@ from plumbing.names import base_and_adapter, model_config
 from plumbing.process import fail
 
 
+def choose_dtype(dtype):
+    """What the option --dtype means: "auto" is bfloat16 on a GPU and float32 elsewhere."""
+    if dtype == "auto":
+        return "bfloat16" if torch.cuda.is_available() else "float32"
+    return dtype
+
+
 def load_whole(name: str, dtype):
     """The causal language model of that name, an adapter merged: safetensors only, no remote code.
-    `dtype` is torch's, or "float32", "bfloat16", "auto": bfloat16 on a GPU, float32 elsewhere.
     A tensor that is missing, left over or of another shape ends the program with its name;
     transformers would start it at random, or drop it, and go on."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    if dtype == "auto":
-        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     logging.disable_progress_bar()
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the line below says it
@@ -26,7 +30,7 @@ def load_whole(name: str, dtype):
     base, adapter = base_and_adapter(name)
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, trust_remote_code=False, **settings
+            base, dtype=choose_dtype(dtype), trust_remote_code=False, **settings
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

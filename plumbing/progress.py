@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from plumbing.loading import choose_dtype
 from plumbing.names import model_config
 from plumbing.process import fail, processes
 from plumbing.prompts import KINDS, kind_of
@@ -46,9 +47,8 @@ def open_accelerator(options, run: Path):
     import torch
     from accelerate import Accelerator
 
-    low = options.dtype == "bfloat16" or options.dtype == "auto" and torch.cuda.is_available()
     accelerator = Accelerator(
-        mixed_precision="bf16" if low else None,
+        mixed_precision="bf16" if choose_dtype(options.dtype) == "bfloat16" else None,
         log_with=options.trackers or None,
         project_dir=run,
     )

@@ -1,10 +1,14 @@
 """The sampling loop against transformers.generate, and against itself in other company."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import assert_log_probs
 
-from common import load_model
+import engines
+from common import StageOptions, load_model
 from engines import Sampling
 from engines.hf import FastRows, HfSampler
 
@@ -84,3 +88,22 @@ def test_a_prompt_is_kept_once_for_its_rows_until_rows_leave(model, tokenizer, p
         for tokens in ([3, 4, 5], [6, 7, 8]):
             append_and_compare(tokens)
         assert layer.prompt is None and layer.keys.shape[::2] == (3, width + 37)
+
+
+@pytest.mark.parametrize("gpu, asked, expected", [
+    (False, "auto", "float32"), (True, "auto", "bfloat16"), (True, "float32", "float32"), (False, "bfloat16", "bfloat16"),
+])  # fmt: skip
+def test_vllm_is_opened_in_the_precision_of_the_option(gpu, asked, expected, monkeypatch):
+    """As our loop, and as the trainer whose log-probs its own are compared with."""
+
+    class Opened(Exception):
+        pass
+
+    def LLM(**settings):
+        raise Opened(settings["dtype"])
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("plumbing.processes", lambda: SimpleNamespace(num_processes=1))
+    with pytest.raises(Opened, match=expected):
+        engines.open_sampler("tiny/lrm", StageOptions(engine="vllm", dtype=asked))
