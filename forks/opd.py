@@ -21,7 +21,7 @@ EXPERT = "tiny/expert"
 def expert(trainer, options) -> opsa.Teacher:
     if load_tokenizer(EXPERT).get_vocab() != load_tokenizer(options.model).get_vocab():
         plumbing.fail(f"{EXPERT} reads other tokens than {options.model}: no KL between them")
-    return opsa.Teacher(load_model(EXPERT), lambda rollout: rollout.prompt)
+    return opsa.Teacher(load_model(EXPERT, options.dtype), lambda rollout: rollout.prompt)
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ def test_opsas_teacher_reads_the_steering_before_harmful_prompts_alone(fork, tok
     opsa, steering = fork("opsa"), fork("03_steer_selfgen")
     monkeypatch.setattr(opsa.flip_rates, "flip_rates", lambda *_: {"prefix": 0.2, "suffix": 0.7, "firm": 0.7})
     options = SimpleNamespace(
-        model="tiny/lrm", engine="hf", batch_tokens=32_768, run=str(tmp_path), enable_thinking=True
+        model="tiny/lrm", engine="hf", batch_tokens=32_768, dtype="auto", run=str(tmp_path), enable_thinking=True
     )
     teacher = opsa.steered_teacher(None, options)
     assert json.loads((tmp_path / "flip_rates.json").read_text())["suffix"] == 0.7
