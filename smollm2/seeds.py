@@ -83,12 +83,15 @@ def transcripts(folder: Path, models: list[str]) -> str:
     """The first prompts of SHOWN with what each model thought and said, as Markdown."""
     lines = []
     for benchmark, count in SHOWN.items():
-        answers = {m: read_jsonl(folder / m / f"{benchmark}.responses.jsonl") for m in models}
-        for i, row in enumerate(answers[models[0]][:count]):
+        rows = {m: read_jsonl(folder / m / f"{benchmark}.responses.jsonl") for m in models}
+        answers = {
+            m: {row["id"]: row for row in rows[m]} for m in models
+        }  # each file in its own order
+        for row in rows[models[0]][:count]:
             kind = "harmful" if row["harmful"] else "benign"
             lines += [f"## {benchmark}, {kind}", "", f"> {row['prompt']}", ""]
             for model in models:
-                sample = answers[model][i]["samples"][0]
+                sample = answers[model][row["id"]]["samples"][0]
                 thinking, answer = (" ".join(sample[k].split()) for k in ("thinking", "answer"))
                 lines += [f"- **{model}** *{thinking or '(no thinking)'}* {answer}"]
             lines += [""]

@@ -538,20 +538,23 @@ def test_the_table_over_seeds(tmp_path, monkeypatch, capsys):
 
 
 def test_transcripts_show_each_models_words(tmp_path):
+    """Rows stand in a file in the order in which they were done, which is each model's own."""
     from smollm2 import seeds
 
     for model in ("base", "trained"):
         (tmp_path / model).mkdir()
         for benchmark in seeds.SHOWN:
-            sample = {"thinking": f"{model} thinks.", "answer": f"{model} on {benchmark}."}
-            rows = [{"prompt": f"{benchmark} {i}?", "harmful": i == 0, "samples": [sample]} for i in range(4)]
+            rows = []
+            for i in range(4) if model == "base" else (2, 0, 3, 1):
+                sample = {"thinking": f"{model} thinks.", "answer": f"{model} on {benchmark} {i}."}
+                rows.append({"id": f"{i}", "prompt": f"{benchmark} {i}?", "harmful": i == 0, "samples": [sample]})
             file = tmp_path / model / f"{benchmark}.responses.jsonl"
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = seeds.transcripts(tmp_path, ["base", "trained"]).splitlines()
     assert [line for line in lines if line.startswith("> wrapped ")] == ["> wrapped 0?", "> wrapped 1?", "> wrapped 2?"]
     assert lines[:6] == [
         *("## wrapped, harmful", "", "> wrapped 0?", ""),
-        "- **base** *base thinks.* base on wrapped.",
-        "- **trained** *trained thinks.* trained on wrapped.",
+        "- **base** *base thinks.* base on wrapped 0.",
+        "- **trained** *trained thinks.* trained on wrapped 0.",
     ]
     assert "## wrapped.think-empty, harmful" in lines and "> wrapped.think-empty 1?" not in lines
