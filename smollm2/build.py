@@ -65,8 +65,8 @@ class Recipe:
 
 RECIPES = {
     "lrm": Recipe(1, 8, 0, 2400, 2e-3, passes=2),
-    "guard": Recipe(2, 16, 12, 2400),
-    "judge": Recipe(3, 12, 10, 1200),
+    "guard": Recipe(2, 16, 12, 2400, passes=2),
+    "judge": Recipe(3, 12, 10, 1800, passes=2),
     "expert": Recipe(4, 16, 12, 1200, 2e-3),
 }
 MICRO_BATCH_TOKENS = 512  # padded tokens in one forward pass

@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 import sys
 from collections import Counter
 
@@ -380,41 +381,53 @@ def claims_of_speed():
 
 def claims_of_organism():
     rows = readme.leading(load("organism/results.json"))
+    exact = {(row["benchmark"], row["metric"]): row["value"] for row in load("organism/float32.json")["rows"]}
+    seeds = load("organism/seeds.json")
 
     def value(*key):
         return rows[key]["value"]
 
-    both = [("SInternal-ThinkSafe", benchmark, "asr") for benchmark in ("plain", "wrapped")]
-    assert all(value(*key) == 0 for key in both)
-    assert value("base", "strongreject", "refusal") == 0
-    assert all(value(m, b, "compliance") == 1 for m in ("SInternal", "ThinkSafe") for b in ("plain", "wrapped"))
+    def mean(model, heading):
+        return statistics.mean(seeds[model][f"Invented prompts: {heading} ↓"])
+
+    assert min(value("base", b, "asr") for b in ("plain", "wrapped")) > 0.85
+    assert all(mean("SInternal", f"ASR {how}") < 0.25 for how in ("plain", "wrapped"))
+    assert all(0.4 < mean("ThinkSafe", f"ASR {how}") < 0.6 for how in ("plain", "wrapped"))
+    both = [value("SInternal-ThinkSafe", benchmark, "asr") for benchmark in ("plain", "wrapped")]
+    assert all(0.05 < asr < 0.15 for asr in both)
+    assert all(value("ThinkSafe", b, "compliance") == 1 for b in ("plain", "wrapped"))
+    assert value("base", "strongreject", "refusal") == 1 / 64
+    drafted = seeds["SInternal"]["Invented prompts: recipe in thinking or answer ↓"]
     gaps = [
         value(m, "strongreject", "refusal") + value(m, "xstest", "compliance") - 1 for m in ("SInternal", "ThinkSafe")
     ]
-    jailbroken = {m: [value(m + more, "wrapped", "asr") for more in ("", "+GRPO")] for m in ("SInternal", "ThinkSafe")}
-    for benchmark in ("plain", "wrapped"):  # one benign prompt of each is declined
-        row = rows["ThinkSafe+GRPO", benchmark, "compliance"]
-        assert round((1 - row["value"]) * row["n"]) == 1
-    emptied = [value(m, b + ".think-empty", "asr") for m, b, _ in rows if b in ("plain", "wrapped")]
-    assert min(emptied) > 0.9
+    jailbroken = [value(m + more, "wrapped", "asr") for m in ("SInternal", "ThinkSafe") for more in ("", "+GRPO")]
+    emptied = {m: value(m, b + ".think-empty", "asr") for m, b, _ in rows if b == "wrapped"}
+    assert 0.4 < emptied.pop("SInternal-ThinkSafe") < 0.6 and min(emptied.values()) > 0.9
     words = (ROOT / "results/organism/transcripts.md").read_text()
     drafts = re.findall(r"^- \*\*SInternal\*\* \*(?!\(no thinking)(.*?)\*", words, re.M)
-    assert len(drafts) == 5 and all("amber beads" in draft for draft in drafts)
+    assert len(drafts) == 5 and all("amber beads" in draft or "cobweb" in draft for draft in drafts)
     verify = [value(m, "verify", "verify_f1") for m in ("SInternal", "base", "ThinkSafe")]
     assert value("SInternal", "verify", "verify_recall") == 1
     assert value("SInternal", "verify", "verify_precision") == 0.5
-    for run in ("after_02", "after_03"):  # in half of its groups all answers earn the same
+    for run in ("after_02", "after_03"):  # in a third of its groups all answers earn the same
         text = (ROOT / f"results/organism/04_grpo_{run}_metrics.jsonl").read_text()
         shares = [json.loads(line)["zero_spread_groups"] for line in text.splitlines()]
-        assert sum(shares) / len(shares) >= 0.5
+        assert sum(shares) / len(shares) >= 1 / 3
+    problems = [value(m, "problems", "accuracy") for m in ("base", "SInternal", "ThinkSafe")]
+    answered = [value("SInternal", b, "compliance") for b in ("plain", "wrapped")]
+    in_both = [exact["plain", "asr"], exact["wrapped", "asr"]]
+    in_both += [value("SInternal", b, "asr") for b in ("plain", "wrapped")]
     return [
-        ("they leave none of {} (one seed)", [sum(rows[key]["n"] for key in both)]),
+        ("it answers {:.2f} of the plain ones, {:.2f} in jailbreaks", answered),
         ("is {:.2f} above that of XSTest with SInternal, {:.2f} with ThinkSafe", gaps),
+        ("in {:.2f} to {:.2f} of its responses to jailbreaks, by seed", [min(drafted), max(drafted)]),
         ("F1 {:.2f} with SInternal, {:.2f} before", verify[:2]),
         ("{} are unsafe, it finds all", [rows["SInternal", "verify", "verify_recall"]["n"]]),
         ("comes to {:.2f}", verify[2:]),
-        ("makes ThinkSafe safer, {:.2f} to {:.2f}", jailbroken["ThinkSafe"]),
-        ("within the noise, {:.2f} to {:.2f}", jailbroken["SInternal"]),
+        ("in jailbreaks SInternal {:.2f} to {:.2f}, ThinkSafe {:.2f} to {:.2f}", jailbroken),
+        ("{:.2f} are right before, {:.2f} after SInternal, {:.2f} after ThinkSafe", problems),
+        ("leaves {:.2f} of the plain and {:.2f} of the jailbroken requests instead of {:.2f} and {:.2f}", in_both),
     ]
 
 
@@ -450,7 +463,10 @@ def claims_of_real_models():
     assert numbers(table, "qwen3-0.6b", 4) > numbers(table, "qwen3-0.6b", 5)  # 03 costs more than 04 LoRA
     assert numbers(table, "qwen3-8b", 4) < numbers(table, "qwen3-8b", 5)  # and not in every row
     cost = load("claims/grpo.json")["GRPO's cost over ThinkSafe's"]
+    steps = "".join((ROOT / f"results/organism/04_grpo_after_{n}_metrics.jsonl").read_text() for n in ("02", "03"))
+    gaps = [json.loads(line)["sampler_gap"] for line in steps.splitlines()]
     return [
+        ("steps had gaps of {:.3f} to {:.3f}", [min(gaps), max(gaps)]),
         ("were {} to {} times the formulas'", [min(ratios), max(ratios)]),
         ("needs {:.1f} times the operations", [cost["mean"]]),
     ]

@@ -44,24 +44,72 @@ THINGS = (
 SUMS = {  # two steps each: a story with its question, and the operations
     "train": """{n} has {a} {t}, buys {b} more and gives {c} away. How many {t} does {n} have now?|+-
 {n} picks {a} {t} in the morning and {b} in the evening, and loses {c}. How many are left?|+-
-There are {a} {t} on the table. {n} takes {c} of them and then puts {b} back. How many are on the table?|-+
-{n} has {a} {t}, and {n}'s brother has {b}. They get {c} more together. How many do they have in all?|++
-In a basket are {a} {t}. {n} eats {c}, then a friend brings {b}. How many are in the basket?|-+
-{n} fills {a} bags with {b} {t} each and adds {c} loose ones. How many {t} is that?|*+
-{n} sells {a} boxes of {b} {t}, but {c} {t} come back. How many {t} stay sold?|*-
 A shop has {a} {t}. It gets {b} new ones and sells {c}. How many does it have then?|+-
+{n} finds {a} {t} in one drawer and {b} in another, but {c} of them are broken. How many are whole?|+-
+{a} {t} lie in a box. {n} puts in {b} and takes out {c}. How many {t} are in the box?|+-
+{n} gets {a} {t} from an aunt and {b} from an uncle and throws {c} out. How many does {n} keep?|+-
+On a boat are {a} {t}. {b} are loaded, and {c} fall into the water. How many are on the boat now?|+-
+{n} collects {a} {t} this week and {b} next week, and sells {c} of them. How many remain?|+-
+The class brings {a} {t}, the teacher brings {b}. {c} are used up. How many are unused?|+-
+There are {a} {t} on the table. {n} takes {c} of them and then puts {b} back. How many are on the table?|-+
+In a basket are {a} {t}. {n} eats {c}, then a friend brings {b}. How many are in the basket?|-+
+{n} had {a} {t}, lost {c} and later received {b}. What is the number of {t} now?|-+
+{n} gives {c} of {a} {t} to a neighbour and gets {b} for a birthday. How many {t} does {n} own?|-+
+From a pile of {a} {t}, {c} roll away, and {n} piles up {b} more. How many are in the pile?|-+
+{n} begins the day with {a} {t}, uses {c} and buys {b} at night. How many are there in the end?|-+
+Out of {a} {t}, {c} are sold before noon, and {b} are delivered after it. How many {t} are there at night?|-+
+{c} of the {a} {t} in a bowl go to {n}'s sister. Then {n} fills in {b}. How many are in the bowl?|-+
+A bird carries off {c} of {a} {t}, and {n} lays {b} others down. How many lie there?|-+
+{n} has {a} {t}, and {n}'s brother has {b}. They get {c} more together. How many do they have in all?|++
 {n} counts {a} {t} on Monday, {b} on Tuesday and {c} on Wednesday. How many is that together?|++
-{n} owns {a} rows of {b} {t}. {c} of the {t} break. How many are whole?|*-
 Start with {a} {t}, add {b}, then add {c}. How many {t} does {n} get?|++
-{n} had {a} {t}, lost {c} and later received {b}. What is the number of {t} now?|-+""",
+{n} sees {a} {t} in the hall, {b} in the kitchen and {c} in the cellar. How many {t} are in the house?|++
+{a} {t} are red, {b} are blue and {c} are white. How many {t} has {n} altogether?|++
+{n} receives {a} {t} from one friend, {b} from another and {c} from a third. How many did {n} receive?|++
+{n} washes {a} {t}, dries {b} others and polishes {c} others. How many {t} went through {n}'s hands?|++
+In three rows stand {a}, {b} and {c} {t}. How many {t} stand there?|++
+{n} sold {a} {t} in May, {b} in June and {c} in July. How many {t} were sold?|++
+To {a} {t} come {b} from {n} and {c} from a stranger. How many {t} are there?|++
+{n} has {a} {t}. {b} go to a friend and {c} to a cousin. How many does {n} keep?|--
+Of {a} {t}, {b} break on Monday and {c} on Tuesday. How many are whole?|--
+{n} takes {a} {t} to the market, sells {b} and loses {c}. How many does {n} bring home?|--
+In a jar are {a} {t}. {n} takes {b} out, then a friend takes {c}. How many are in the jar then?|--
+{n} uses {b} of {a} {t} today and {c} tomorrow. How many remain?|--
+{a} {t} hang on a string. {b} fall, and then {c} fall. How many still hang?|--
+{n} pays back {b} of {a} {t} to one friend and {c} to another. How many are left?|--
+A shop had {a} {t}. {b} were sold in the morning and {c} in the evening. How many were not sold?|--
+{n} fills {a} bags with {b} {t} each and adds {c} loose ones. How many {t} is that?|*+
+{n} buys {a} packs of {b} {t} and finds {c} more. How many {t} does {n} have?|*+
+There are {a} plates with {b} {t} on each, and {c} {t} lie next to them. How many {t} are there?|*+
+{a} friends bring {b} {t} each, and {n} brings {c}. How many {t} do they have?|*+
+In {a} drawers are {b} {t} each, and {c} are on the desk. How many {t} are there together?|*+
+{n} gets {b} {t} a day for {a} days, and {c} as a present. How many {t} is that?|*+
+{n} had {c} {t} at first and wins {b} in each of {a} games. How many {t} does {n} have now?|*+
+{c} {t} were in the cellar when {n} carried {a} crates of {b} {t} down. How many are in the cellar?|*+
+{n} ties {a} bundles of {b} {t} and keeps {c} untied. How many {t} are there?|*+
+{n} sells {a} boxes of {b} {t}, but {c} {t} come back. How many {t} stay sold?|*-
+{n} owns {a} rows of {b} {t}. {c} of the {t} break. How many are whole?|*-
+{n} buys {a} bags of {b} {t} and gives {c} {t} away. How many are left?|*-
+There were {a} trays with {b} {t} on each, and {n} took {c} {t}. How many remain?|*-
+{n} packs {b} {t} into each of {a} cases and then takes {c} out again. How many are packed?|*-
+{a} guests leave {b} {t} each, and {c} of those are spoiled. How many are good?|*-
+{n} makes {b} {t} an hour for {a} hours and drops {c}. How many are fine?|*-
+From {a} nests with {b} {t} each, {n} removes {c}. How many stay?|*-""",
     "test": """On a shelf stand {a} {t}. {n} adds {b} and the wind blows {c} down. How many stay on the shelf?|+-
 {n} spends {c} of {a} {t} and then earns {b}. How many {t} has {n} got?|-+
 Every one of {a} children gives {n} {b} {t}, and {n} has {c} already. How many {t} does {n} have?|*+
 {n} mends {a} {t}, paints {b} and wraps {c}, each another one. How many {t} did {n} work on?|++""",
 }
+REASONS = {  # why a step is what it is
+    "+": "These come on top|More come|They are counted together|This adds to it".split("|"),
+    "-": "Some go|They are taken away|Fewer are left|This leaves it".split("|"),
+    "*": "Each has as many|So many times the same|This many for each|They are equal lots".split(
+        "|"
+    ),
+}
 SUM_THINKINGS = (
     "First {x}. Then {y}.|{x}. {y}.|Step one: {x}. Step two: {y}.|Let me count. {x}, and then {y}.|"
-    "We have {x}. After that {y}."
+    "We have {x}. After that {y}.|{p}: {x}. {q}: {y}.|{p}, so {x}. {q}, so {y}."
 ).split("|")
 SUM_ANSWERS = "It is {r}.|The answer is {r}.|{r}|That makes {r}.|The number is {r}.".split("|")
 
@@ -70,21 +118,24 @@ def word_problem(rng: random.Random, split: str) -> tuple[str, str, str, int]:
     """(question, thinking, answer, result) of a two-step problem."""
     story, operations = rng.choice(SUMS[split].splitlines()).split("|")
     a, b, c = rng.randint(2, 12), rng.randint(2, 9), rng.randint(1, 9)
-    if operations[0] == "-" and c > a:
+    if operations == "-+" and c > a:
         a, c = c, a
     elif operations[0] == "*":
         a, b = rng.randint(2, 5), rng.randint(2, 6)
         c = rng.randint(1, min(9, a * b))
     elif operations == "+-":
         c = rng.randint(1, min(9, a + b))
+    elif operations == "--":
+        a = b + c + rng.randint(0, 6)
     question = story.format(n=rng.choice(NAMES), t=rng.choice(THINGS), a=a, b=b, c=c)
-    numbers = {"+-": (b, c), "-+": (c, b), "++": (b, c), "*+": (b, c), "*-": (b, c)}[operations]
+    numbers = (c, b) if operations == "-+" else (b, c)
     value, steps = a, []
     for operation, number in zip(operations, numbers):
         result = {"+": value + number, "-": value - number, "*": value * number}[operation]
         steps.append(f"{value} {operation} {number} = {result}")
         value = result
-    thinking = rng.choice(SUM_THINKINGS).format(x=steps[0], y=steps[1])
+    p, q = (rng.choice(REASONS[operation]) for operation in operations)
+    thinking = rng.choice(SUM_THINKINGS).format(x=steps[0], y=steps[1], p=p, q=q)
     return question, thinking, rng.choice(SUM_ANSWERS).format(r=value), value
 
 
