@@ -102,7 +102,7 @@ def test_two_processes_write_the_same_rows(answered):
 def test_one_of_two_processes_dies_and_two_or_one_go_on(tmp_path):
     """The second process of stage 01 is killed half way, and torchrun ends the first. What both had finished is kept as
     it is, a half line is made again, and so is all that is missing."""
-    options = ["--limit", 30, "--n", 2, "--guard", "tiny/gold.py"]
+    options = ["--limit", 60, "--n", 2, "--guard", "tiny/gold.py"]
     run_here(generate, "--run", tmp_path / "whole", *options)
     options += ["--batch_tokens", 1]  # one prompt after the other
     run, made = tmp_path / "run", {row["id"]: row for row in rows(tmp_path / "whole/responses.jsonl")}
@@ -117,7 +117,7 @@ def test_one_of_two_processes_dies_and_two_or_one_go_on(tmp_path):
     assert two.returncode
     for file in files:
         found = [json.loads(line) for line in file.read_text().split("\n")[:-1]]  # without a half line
-        assert 2 < len(found) < 15
+        assert 2 < len(found) < 30  # of its half
         lines = "".join(json.dumps({**row, "source": "kept"}) + "\n" for row in found)
         file.write_text(lines + json.dumps(found[0])[:60] * (file == shard))
         made |= {row["id"]: {**made[row["id"]], "source": "kept"} for row in found}
