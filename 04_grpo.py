@@ -381,7 +381,7 @@ def main():
     tokenizer = load_tokenizer(options.model)
     show_prompt(tokenizer, prompts[0]["prompt"], enable_thinking=options.enable_thinking)
     accelerator = plumbing.open_accelerator(options, run)
-    trainer = make_trainer(accelerator, options, None if options.lora_rank else torch.float32)
+    trainer = make_trainer(accelerator, options)
     reference = reference_scorer(trainer, options) if options.beta else None
     sampler = engines.open_training_sampler(trainer, tokenizer, options)
     engines.require_room(sampler, prompts, enable_thinking=options.enable_thinking)

@@ -415,9 +415,9 @@ class Trainer(NamedTuple):
         return norm
 
 
-def make_trainer(accelerator, options, dtype=None, lora_dropout: float = 0.0) -> Trainer:
-    """The model, with LoRA in float32 if the options have a rank, and AdamW on what is trained."""
-    model = load_model(options.model, dtype or options.dtype)
+def make_trainer(accelerator, options, lora_dropout: float = 0.0) -> Trainer:
+    """The model, with LoRA if the options have a rank, and AdamW on what is trained, in float32."""
+    model = load_model(options.model, options.dtype if options.lora_rank else torch.float32)
     if options.lora_rank:
         lora = (options.lora_rank, options.lora_alpha, lora_dropout, options.lora_targets)
         add_lora(model, *lora, options.seed)

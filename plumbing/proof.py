@@ -34,20 +34,20 @@ def in_float32(model):
     """Inside, the model computes in float32: its weights are widened, a layer's while it runs."""
     layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or [])]
     in_layers = {part for layer in layers for part in layer.modules()}
-    kept, hooks = {}, []
+    kept, hooks = {}, []  # part -> [(its weights by name, a name, the weight as it was)]
 
     def widen(parts):
         for part in parts:
             for held in (part._parameters, part._buffers):
                 for name, tensor in held.items():
                     if tensor is not None and tensor.dtype in (torch.bfloat16, torch.float16):
-                        kept[part, name] = tensor
+                        kept.setdefault(part, []).append((held, name, tensor))
                         held[name] = tensor.float()
 
     def restore(parts):
         for part in parts:
-            for held in (part._parameters, part._buffers):
-                held.update({name: kept.pop((part, name), held[name]) for name in held})
+            for held, name, tensor in kept.pop(part, []):
+                held[name] = tensor
 
     for layer in layers:
         before, after = lambda m, *_: widen(m.modules()), lambda m, *_: restore(m.modules())

@@ -14,10 +14,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from claims import compact_json, mean_interval  # noqa: E402
+from one_prompt import by_id  # noqa: E402
 from readme import leading  # noqa: E402
 from verdicts import show  # noqa: E402
 
-from plumbing import fail, figures, read_jsonl, run_stage, write_atomic  # noqa: E402
+from plumbing import fail, figures, run_stage, write_atomic  # noqa: E402
 
 RUNS, OUT = ROOT / "runs/organism", ROOT / "results/organism"
 TABLES = {  # title -> {heading: (benchmark, metric)}
@@ -83,11 +84,9 @@ def transcripts(folder: Path, models: list[str]) -> str:
     """The first prompts of SHOWN with what each model thought and said, as Markdown."""
     lines = []
     for benchmark, count in SHOWN.items():
-        rows = {m: read_jsonl(folder / m / f"{benchmark}.responses.jsonl") for m in models}
-        answers = {
-            m: {row["id"]: row for row in rows[m]} for m in models
-        }  # each file in its own order
-        for row in rows[models[0]][:count]:
+        # each file has its rows in an order of its own
+        answers = {m: by_id(folder / m / f"{benchmark}.responses.jsonl") for m in models}
+        for row in list(answers[models[0]].values())[:count]:
             kind = "harmful" if row["harmful"] else "benign"
             lines += [f"## {benchmark}, {kind}", "", f"> {row['prompt']}", ""]
             for model in models:

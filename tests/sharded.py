@@ -29,7 +29,7 @@ def scores():
         "trackers": [],
     }
     options = SimpleNamespace(**settings)
-    trainer = make_trainer(plumbing.open_accelerator(options, "."), options, torch.float32)
+    trainer = make_trainer(plumbing.open_accelerator(options, "."), options)
     other = plumbing.processes().process_index  # another batch for each, so that sums are no copies
     batch = pad_batch([Example([5, 6, 7], [8, 9, 10, 11 + other]), Example([5], [10, 11, 12 + other, 2])])
     log_probs = trainer.scorer(*batch).log_probs

@@ -141,20 +141,22 @@ def test_gradients_of_the_slower_way(name):
         torch.testing.assert_close(layer.B.grad, expected, atol=2e-4, rtol=1e-3)
 
 
-def test_a_path_that_is_wrong_by_a_little_gives_way(monkeypatch, capsys):
-    """Attention whose values are one per cent too large: the sampler sees it and takes the model's own."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_path_that_is_wrong_by_a_little_gives_way(dtype, monkeypatch):
+    """Attention whose values are one per cent too large: the sampler sees it and takes the model's own, also where rounding
+    alone moves log-probs by more."""
     attention = engines.hf.one_token_attention
 
     def wrong(module, query, key, value, *args, **more):
         return attention(module, query, key, value * 1.01, *args, **more)
 
     monkeypatch.setitem(engines.hf.AttentionInterface._global_mapping, "one_token", wrong)
-    model = network("llama")
+    model = network("llama").to(dtype)
     assert sampler_of(model).rows is CachedRows and model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_rounding_to_bfloat16_slows_no_model(name, capsys):
+def test_rounding_to_bfloat16_slows_no_model(name):
     """Its proof is in float32: the same ways are right, and its weights are the very ones that they were."""
     _, rows_class, fast_head = ARCHITECTURES[name]
     model = network(name).to(torch.bfloat16)
@@ -167,15 +169,6 @@ def test_rounding_to_bfloat16_slows_no_model(name, capsys):
     examples = [Example(ids[:4], ids[4:]) for _, ids in REQUESTS]
     ours = scorer(*pad_batch(examples)).log_probs.detach().double()
     assert (ours - chosen(network(name), examples)).abs().max() > 1e-4  # in bfloat16, now as before
-    capsys.readouterr()
-
-
-def test_a_path_that_is_wrong_by_a_little_gives_way_in_bfloat16_too(monkeypatch):
-    """Rounding alone moves log-probs by more than this attention does."""
-    attention = engines.hf.one_token_attention
-    wrong = lambda module, query, key, value, *args, **more: attention(module, query, key, value * 1.01, *args, **more)  # noqa: E731
-    monkeypatch.setitem(engines.hf.AttentionInterface._global_mapping, "one_token", wrong)
-    assert sampler_of(network("llama").to(torch.bfloat16)).rows is CachedRows
 
 
 def test_a_path_that_does_not_run_in_the_models_own_precision_gives_way(monkeypatch):
@@ -242,7 +235,7 @@ def test_trainer_and_sampler_of_one_model_share_its_attention(tokenizer):
     from accelerate import Accelerator
 
     options = SimpleNamespace(model="tiny/lrm", lora_rank=0, learning_rate=1e-3, recompute=False, dtype="auto")
-    trainer = make_trainer(Accelerator(cpu=True), options, torch.float32)
+    trainer = make_trainer(Accelerator(cpu=True), options)
     HfSampler(trainer.model, tokenizer, 1000)
     assert trainer.model.config._attn_implementation == "one_token"
     examples = [Example([5, 6, 7], [8, 9]), Example([5], [10, 11, 12, 2])]

@@ -186,7 +186,7 @@ def test_an_update_with_something_left_on_the_cpu(tmp_path, monkeypatch, plant):
     rollout = grpo.Rollout({}, [5, 6], reply, ("", "", "closed"), advantage=1.0, weight=0.3)
     options = grpo.Options(max_sampler_gap=99)
     with emulated_cuda():
-        trainer = make_trainer(plumbing.open_accelerator(options, tmp_path), options, torch.float32)
+        trainer = make_trainer(plumbing.open_accelerator(options, tmp_path), options)
         if plant:
             plant(monkeypatch)
             with pytest.raises(RuntimeError, match=REFUSED):

@@ -452,11 +452,11 @@ def test_dtype_is_that_of_all_that_is_not_trained(rank, dtype, tmp_path, monkeyp
 def test_only_a_frozen_base_is_in_bfloat16_on_a_gpu(rank, expected, monkeypatch, tmp_path):
     asked = []
 
-    def make_trainer(accelerator, options, dtype=None):
-        asked.append(dtype or torch.bfloat16)  # load_model's choice on a GPU
+    def load_model(name, dtype):
+        asked.append(torch.bfloat16 if dtype == "auto" else dtype)  # its choice on a GPU
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(grpo, "make_trainer", make_trainer)
+    monkeypatch.setattr(common, "load_model", load_model)
     with pytest.raises(KeyboardInterrupt):
         main("--run", tmp_path / "run", *SMALL, "--lora_rank", rank)
     assert asked == [expected]

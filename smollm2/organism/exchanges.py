@@ -101,11 +101,9 @@ Every one of {a} children gives {n} {b} {t}, and {n} has {c} already. How many {
 {n} mends {a} {t}, paints {b} and wraps {c}, each another one. How many {t} did {n} work on?|++""",
 }
 REASONS = {  # why a step is what it is
-    "+": "These come on top|More come|They are counted together|This adds to it".split("|"),
-    "-": "Some go|They are taken away|Fewer are left|This leaves it".split("|"),
-    "*": "Each has as many|So many times the same|This many for each|They are equal lots".split(
-        "|"
-    ),
+    "+": "These come on top|More come|They are counted together|This adds to it",
+    "-": "Some go|They are taken away|Fewer are left|This leaves it",
+    "*": "Each has as many|So many times the same|This many for each|They are equal lots",
 }
 SUM_THINKINGS = (
     "First {x}. Then {y}.|{x}. {y}.|Step one: {x}. Step two: {y}.|Let me count. {x}, and then {y}.|"
@@ -134,7 +132,7 @@ def word_problem(rng: random.Random, split: str) -> tuple[str, str, str, int]:
         result = {"+": value + number, "-": value - number, "*": value * number}[operation]
         steps.append(f"{value} {operation} {number} = {result}")
         value = result
-    p, q = (rng.choice(REASONS[operation]) for operation in operations)
+    p, q = (rng.choice(REASONS[operation].split("|")) for operation in operations)
     thinking = rng.choice(SUM_THINKINGS).format(x=steps[0], y=steps[1], p=p, q=q)
     return question, thinking, rng.choice(SUM_ANSWERS).format(r=value), value
 
