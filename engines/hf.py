@@ -16,6 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import plumbing
 from engines.base import Sample, Sampler, Sampling, end_tokens
+from engines.packed import layers_to_pack, packed_weights
 
 
 def sample_tokens(logits, uniforms, temperature: float, top_p: float = 1.0, top_k: int = 0):
@@ -234,6 +235,7 @@ class HfSampler(Sampler):
         self.eos = end_tokens(model.generation_config, tokenizer)
         self.context = getattr(model.config, "max_position_embeddings", math.inf)
         self.rows = self.proven_rows()
+        self.packed = layers_to_pack(model)
 
     def proven_rows(self):
         """The fastest of the three classes above whose log-probs are those of a plain forward
@@ -283,7 +285,7 @@ class HfSampler(Sampler):
             rows_at_once = self.batch_tokens // (width + sampling.max_new_tokens)
             count = max(1, rows_at_once // n)
             batch, order = order[:count], order[count:]
-            with without_gradients(self.model.device):
+            with without_gradients(self.model.device), packed_weights(self.packed):
                 samples = self.sample_batch([requests[i] for i in batch], n, sampling)
             for j, index in enumerate(batch):
                 yield index, samples[j * n : j * n + n]
