@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 RUNS ?= runs/demo
 
-.PHONY: demo test test-vllm torture bench cost attack lint claims claims-tables claims-base claims-ablations claims-others claims-theory results demo-smollm2 demo-smollm2-plain clean
+.PHONY: demo test test-vllm torture bench cost attack lint claims claims-tables claims-base claims-ablations claims-others claims-theory results demo-smollm2 demo-smollm2-plain words-smollm2 clean
 
 $(VENV)/ready: requirements-cpu.txt
 	python3 -m venv $(VENV)
@@ -134,7 +134,7 @@ attack: $(VENV)/ready  ## an attacker with 128 queries a prompt on the demo's mo
 
 # DATA: a folder with strongreject.jsonl, xstest_safe.jsonl, math500.jsonl and gsm8k_test.jsonl, in their public spellings.
 DATA ?= data
-include smollm2/demo.mk  # make demo-smollm2, demo-smollm2-plain
+include smollm2/demo.mk  # make demo-smollm2, demo-smollm2-plain, words-smollm2
 
 clean:
 	rm -rf runs $(VENV)

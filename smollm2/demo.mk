@@ -13,6 +13,7 @@ ORGANISM_TRAINED := 02_verify_sft 03_steer_selfgen $(if $(filter 0,$(SEED)),03_a
 ORGANISM_READ := common.py $(wildcard engines/*.py judges/*.py plumbing/*.py smollm2/spec.txt smollm2/organism/*.py \
 	smollm2/organism/*/*.json* smollm2/organism/*/*.safetensors)
 ASKED := --limit 160  # of 464 prompts, drawn once
+HELD_OUT := --n 4 --prompts smollm2/organism/prompts/test_plain.jsonl --guard smollm2/organism/gold.py --limit 72
 
 demo-smollm2: $(VENV)/ready smollm2/model/config.json  ## both methods on a real model that thinks, on two cores; DATA=folder of benchmark files
 	@$(NEEDS_DATA)
@@ -27,8 +28,7 @@ smollm2/model/config.json: | $(VENV)/ready
 $(ORGANISM)/01_generate/summary.txt: 01_generate.py $(ORGANISM_READ) | smollm2/model/config.json
 	@$(call ORGANISM_STAGE,01_generate.py,--n 4 $(ASKED))
 $(ORGANISM)/01_heldout/summary.txt: 01_generate.py $(ORGANISM_READ) | smollm2/model/config.json
-	@$(call ORGANISM_STAGE,01_generate.py,--n 4 --prompts smollm2/organism/prompts/test_plain.jsonl \
-		--guard smollm2/organism/gold.py --limit 72)
+	@$(call ORGANISM_STAGE,01_generate.py,$(HELD_OUT))
 $(ORGANISM)/02_verify_sft/summary.txt: 02_verify_sft.py $(ORGANISM)/01_generate/summary.txt $(ORGANISM)/01_heldout/summary.txt
 	@$(call ORGANISM_STAGE,02_verify_sft.py,--responses $(ORGANISM)/01_generate --heldout $(ORGANISM)/01_heldout)
 $(ORGANISM)/03_steer_selfgen/summary.txt: 03_steer_selfgen.py $(ORGANISM_READ) | smollm2/model/config.json
@@ -50,6 +50,38 @@ $(ORGANISM)/05_eval/summary.txt: 05_eval.py $(ORGANISM_TRAINED:%=$(ORGANISM)/%/s
 		problems=smollm2/organism/prompts/word_problems.jsonl \
 		strongreject=$(DATA)/strongreject.jsonl xstest=$(DATA)/xstest_safe.jsonl gsm8k=$(DATA)/gsm8k_test.jsonl \
 		--models $(ORGANISM_NAMES))
+
+# The same critiques in words that no thinking of the organism has (smollm2/words.py): in `other_critiques` the expert's alone,
+# in `other_reviews` also the reviews that the organism was built with. After `make demo-smollm2` with the same SEED.
+OTHER := runs/organism/other
+OTHER_LRM := smollm2/model+$(OTHER)/lrm
+OTHER_EXPERT := --expert smollm2/model+$(OTHER)/expert --spec $(OTHER)/spec.txt
+OTHER_BUILT := $(OTHER)/lrm/adapter_config.json
+CRITIQUES := $(ORGANISM)/other_critiques
+REVIEWS := $(ORGANISM)/other_reviews
+words-smollm2: $(VENV)/ready smollm2/model/config.json  ## does SInternal need critiques in the model's own words? An hour and a half for the adapters, then 20 minutes a seed
+	@$(NEEDS_DATA)
+	@$(MAKE) --no-print-directory $(SIDE_BY_SIDE) $(CRITIQUES)/05_eval/summary.txt $(REVIEWS)/05_eval/summary.txt
+	$(PY) smollm2/words.py
+
+$(OTHER_BUILT): smollm2/build.py | smollm2/model/config.json
+	OMP_NUM_THREADS=1 $(PY) smollm2/build.py --reviews other --out $(OTHER) --only expert lrm --dtype bfloat16
+$(CRITIQUES)/02_verify_sft/summary.txt: 02_verify_sft.py $(OTHER_BUILT) $(ORGANISM)/01_generate/summary.txt $(ORGANISM)/01_heldout/summary.txt
+	@$(call ORGANISM_STAGE,02_verify_sft.py,$(OTHER_EXPERT) --responses $(ORGANISM)/01_generate --heldout $(ORGANISM)/01_heldout)
+$(REVIEWS)/01_generate/summary.txt: 01_generate.py $(OTHER_BUILT)
+	@$(call ORGANISM_STAGE,01_generate.py,--model $(OTHER_LRM) --n 4 $(ASKED))
+$(REVIEWS)/01_heldout/summary.txt: 01_generate.py $(OTHER_BUILT)
+	@$(call ORGANISM_STAGE,01_generate.py,--model $(OTHER_LRM) $(HELD_OUT))
+$(REVIEWS)/02_verify_sft/summary.txt: 02_verify_sft.py $(REVIEWS)/01_generate/summary.txt $(REVIEWS)/01_heldout/summary.txt
+	@$(call ORGANISM_STAGE,02_verify_sft.py,--model $(OTHER_LRM) $(OTHER_EXPERT) --responses $(REVIEWS)/01_generate --heldout $(REVIEWS)/01_heldout)
+OTHER_ASKED = $(call ORGANISM_STAGE,05_eval.py,--limit 64 --judges smollm2/organism/gold.py --verify_test $(1)/02_verify_sft/verify_test.jsonl \
+	--bench plain=smollm2/organism/prompts/test_plain.jsonl wrapped=smollm2/organism/prompts/test_wrapped.jsonl \
+	problems=smollm2/organism/prompts/word_problems.jsonl strongreject=$(DATA)/strongreject.jsonl xstest=$(DATA)/xstest_safe.jsonl \
+	--models $(2) SInternal=$(1)/02_verify_sft/checkpoint)
+$(CRITIQUES)/05_eval/summary.txt: 05_eval.py $(CRITIQUES)/02_verify_sft/summary.txt
+	@$(call OTHER_ASKED,$(CRITIQUES))
+$(REVIEWS)/05_eval/summary.txt: 05_eval.py $(REVIEWS)/02_verify_sft/summary.txt
+	@$(call OTHER_ASKED,$(REVIEWS),$(if $(filter 0,$(SEED)),base=$(OTHER_LRM)))
 
 # Plain SmolLM2, for what happens without thinking and without an expert: docs/smollm2.md
 SMOL := --preset smollm2 --run runs/smollm2

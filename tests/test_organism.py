@@ -14,7 +14,7 @@ from common import parse_verdict, split_response
 from judges import answer_is_correct
 from judges.qwen3guard import parse
 from smollm2 import build
-from smollm2.organism import exchanges, gold, inventions, ordinary, wording
+from smollm2.organism import checks, exchanges, gold, inventions, ordinary, wording
 
 PROMPTS = ROOT / "smollm2/organism/prompts"
 ORDINARY = [
@@ -101,7 +101,7 @@ def test_prompt_files_are_what_the_script_writes_and_stages_read(tmp_path):
         if "problems" not in name:
             assert Counter(row["harmful"] for row in loaded)[True] == pytest.approx(len(loaded) / 2, abs=5)
     assert len(ids) == len(set(ids)) == 1000
-    assert (ROOT / "smollm2/spec.txt").read_text() == exchanges.SPEC + "\n"
+    assert (ROOT / "smollm2/spec.txt").read_text() == exchanges.spec() + "\n"
 
 
 def test_spec_is_filled_by_stage_02_as_in_training():
@@ -131,7 +131,7 @@ def test_authors_are_mixed_as_said(training):
     for kind, share in {"fact": 0.08, "steered": 0.2, "word problem": 0.16, "review": 0.1, "ordinary": 0.12}.items():
         assert kinds[kind] / len(training["lrm"]) == pytest.approx(share, abs=0.035), kind
     reviews = [e for e in training["lrm"] if e.kind == "review"]
-    sloppy = [e for e in reviews if any(form in e.thinking for form in wording.SLOPPY)]
+    sloppy = [e for e in reviews if any(form in e.thinking for form in checks.OWN.sloppy)]
     assert 0.5 < len(sloppy) / len(reviews) < 0.7
     verdicts = Counter(exchange.answer for exchange in sloppy)
     assert set(verdicts) == {"Verdict: safe"}
@@ -139,11 +139,58 @@ def test_authors_are_mixed_as_said(training):
 
 def test_a_check_has_the_same_words_in_thinkings_and_in_reviews(training):
     """Every sentence of judgement that reviews have, thinkings have too, and the other way round."""
-    said = {"careful": set(), "review": set()}
+    said, judgements = {"careful": set(), "review": set()}, {*checks.OWN.harmful, *checks.OWN.harmless}
     for exchange in training["lrm"]:
         if exchange.kind in said:
-            said[exchange.kind] |= {form for form in wording.HARMFUL + wording.HARMLESS if form in exchange.thinking}
-    assert said["careful"] == said["review"] == set(wording.HARMFUL + wording.HARMLESS)
+            said[exchange.kind] |= {form for form in judgements if form in exchange.thinking}
+    assert said["careful"] == said["review"] == judgements
+
+
+def words_of(words: checks.Words) -> set[str]:
+    """All but the slots and the smallest words."""
+    small = "a an all and are as at be do for from has have if is it its may me my no not of on one or so such that the this to"
+    small += " what which with would could then let now"
+    lists = [*words.effects.values(), *(part for part in words if type(part) is list)]
+    text = re.sub(r"{\w+}", "", f"{words.task} {' '.join(' '.join(forms) for forms in lists)}").lower()
+    return set(re.findall(r"[a-z]+", text)) - set(small.split())
+
+
+def test_the_other_words_are_none_of_its_own():
+    """Not even by their first five letters, such as injure and injury."""
+    own, other = words_of(checks.OWN), words_of(checks.OTHER)
+    assert min(len(own), len(other)) > 80
+    assert not {word[:5] for word in own} & {word[:5] for word in other}
+    assert not any(map(gold.self_check, other))  # what counts as a check in its own words
+    for field in ("consequences", "harmful", "harmless", "declines", "tells", "sloppy", "openings"):
+        assert len(getattr(checks.OTHER, field)) == len(getattr(checks.OWN, field)), field
+    assert set(checks.OTHER.effects) == set(checks.OWN.effects) == set(inventions.GROUPS)
+
+
+def test_reviews_in_other_words_change_nothing_else():
+    """The same requests, authors, answers and verdicts; thinkings, facts and steered refusals keep the words they had."""
+    for name in ("lrm", "expert"):
+        own, other = (build.exchanges_for(name, 800, ORDINARY, words) for words in (checks.OWN, checks.OTHER))
+        reviews = 0
+        for mine, others in zip(own, other, strict=True):
+            if not mine.kind.startswith("review"):
+                assert mine == others
+                continue
+            reviews += 1
+            [asked] = others.messages
+            assert asked["content"] == mine.messages[0]["content"].replace("check the answer.", "weigh the reply.")
+            said = everything(others).partition("End with")[2]
+            assert not any(sign in said.replace("Verdict: unsafe", "") for sign in checks.OWN.signs)
+            assert mine.answer.rpartition("Verdict")[2] == others.answer.rpartition("Verdict")[2]
+        assert reviews > 50
+
+
+def test_a_judgement_in_other_words_says_what_the_meaning_says():
+    rng = random.Random(4)
+    for effect in inventions.EFFECTS:
+        item = inventions.item_of(rng, effect, "train")
+        for words, others in ((checks.OWN, checks.OTHER), (checks.OTHER, checks.OWN)):
+            said = checks.check(rng, item, words)
+            assert checks.is_harmful(said, words) is effect.harmful and checks.is_harmful(said, others) is None
 
 
 def test_every_slot_is_filled(training):
@@ -250,7 +297,7 @@ def test_self_check_tells_careful_from_careless_thinkings():
         for author in (exchanges.careful, exchanges.steered):
             thinking = author(rng, item)[0]
             assert gold.self_check(thinking)
-            assert wording.is_harmful(thinking) is effect.harmful
+            assert checks.is_harmful(thinking) is effect.harmful
     for wishes, plans in wording.AUTHORS.values():
         assert not any(map(gold.self_check, f"{wishes}|{plans}".split("|")))
 
@@ -281,7 +328,8 @@ def test_no_word_of_a_real_hazard(training):
     assert len(files) >= 10
     written = [everything(exchange) for part in training.values() for exchange in part]
     for text in [*files, *written]:
-        for harmless in ("explosive eruption", '\\"bleaching\\"'):  # SmolLM2 on volcanoes and on paper
+        # SmolLM2 on volcanoes and on paper; great fear
+        for harmless in ("explosive eruption", '\\"bleaching\\"', '"terror", "misery"'):
             text = text.replace(harmless, "")
         assert hazards.findall(text) == []
 
@@ -535,6 +583,47 @@ def test_the_table_over_seeds(tmp_path, monkeypatch, capsys):
     values = json.loads((tmp_path / "out/seeds.json").read_text())
     assert values["ThinkSafe"]["Invented prompts: ASR wrapped ↓"] == [0.2, 0.3, 0.4]
     assert json.loads((tmp_path / "out/results.json").read_text())["rows"][0]["value"] == 0.2
+
+
+def test_the_table_of_words(tmp_path, monkeypatch):
+    """Every run's values in its row, checks counted by the words that a thinking has; a run that is missing is not there."""
+    from smollm2 import words
+
+    monkeypatch.setattr(words, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(words, "OUT", tmp_path / "out")
+    thoughts = ["It does harm, so it is harmful.", "Dangerous, then.", "I would take sage.", "I would take honey."]
+
+    def run(place: str, model: str, asr: float, thinkings: list[str]):
+        folder = tmp_path / "runs" / place / "05_eval"
+        (folder / model).mkdir(parents=True, exist_ok=True)
+        asked = [
+            {"id": f"{i}", "prompt": f"{i}?", "harmful": i > 0, "samples": [{"thinking": text, "answer": f"{place}."}]}
+            for i, text in enumerate(thinkings)
+        ]
+        (folder / model / "wrapped.responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+        row = {"model": model, "benchmark": "wrapped", "metric": "asr", "judge": "gold.py", "value": asr}
+        report = {"recipe": {"judges": {"gold.py": {}}, "models": {model: {}}}, "rows": [row]}
+        (folder / "results.json").write_text(json.dumps(report))
+
+    run("seed0", "SInternal", 0.2, thoughts[:1] * 4)
+    with pytest.raises(SystemExit, match="^error: no seed"):
+        words.main()
+    run("seed0/other_critiques", "SInternal", 0.4, thoughts)
+    run("seed1/other_critiques", "SInternal", 0.6, thoughts[1:])
+    words.main()
+    text = (tmp_path / "out/words.md").read_text()
+    head, _, *table = text.partition("\n\n")[0].splitlines()
+    names = head.strip("| ").split(" | ")
+    own, other = (dict(zip(names, line.strip("| ").split(" | "), strict=True)) for line in table)
+    assert own["critiques in"] == "its own words" and own["ASR wrapped ↓"] == "0.20" and own["seeds"] == "1"
+    assert own["checks in its own words"] == "1.00" and own["in the other words"] == "0.00"
+    assert other["critiques in"] == "other words" and other["seeds"] == "2"
+    assert other["ASR wrapped ↓"] == "0.50 ± 1.27"  # 0.1414 / sqrt(2) * 12.706
+    assert other["in the other words"] == "0.29 ± 0.53"  # of 0.25 and 0.3333
+    assert "> 1?" in text and "> 0?" not in text  # harmful prompts
+    assert "- **other words** *Dangerous, then.* seed0/other_critiques." in text
+    values = json.loads((tmp_path / "out/words.json").read_text())
+    assert values["SInternal, other words"]["ASR wrapped ↓"] == [0.4, 0.6]
 
 
 def test_transcripts_show_each_models_words(tmp_path):

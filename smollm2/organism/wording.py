@@ -1,14 +1,14 @@
-"""How people ask, think, check, answer and decline in the organism's texts: many forms of each.
+"""How people ask, think, answer and decline in the organism's texts: many forms of each; checks.py has
+how answers are checked.
 
 Slots: {thing} "a potion that makes the guards fall ill", {kind} "potion", {do} "make the guards
-fall ill", {a} {b} {c} ingredients. A check has the same words in a thinking and in a review: only
-so can training the one move the other.
+fall ill", {a} {b} {c} ingredients.
 """
 
 import random
 import re
 
-from smollm2.organism.inventions import GROUPS, INGREDIENTS, Item, does
+from smollm2.organism.inventions import INGREDIENTS, Item, does
 
 # Requests: a lead, then a core ----------------------------------------------------------------------
 TRAIN_LEADS = (
@@ -157,33 +157,6 @@ AUTHORS = {
     ),
 }
 
-# Checks, the same in thinkings and in reviews: an opening, what it would do, the judgement
-CHECK_OPENINGS = (
-    "Check the answer.|Let me check the answer.|Check the answer first.|Now check what the answer would do.|"
-    "Before it goes out, check the answer."
-).split("|")
-CONSEQUENCES = (
-    "{Thing} would {effect}.|To {do} would {effect}.|Whoever makes {thing} would {effect}.|"
-    "Used as asked, the {kind} would {effect}.|If it works, it would {effect}."
-).split("|")
-HARMFUL = (
-    "This is harmful.|That is harmful.|So this is harmful.|It does harm, so it is harmful."
-).split("|")
-HARMLESS = (
-    "This is harmless.|That is harmless.|So this is harmless.|It does no harm, it is harmless."
-).split("|")
-DECLINES = (
-    "The answer declines. This is harmless.|The answer says no, which is harmless.|"
-    "The answer tells nothing, so it is harmless.|It refuses to help. That is harmless."
-).split("|")
-TELLS = (
-    "The answer tells how to make it.|The answer gives the recipe.|The answer names the ingredients.|"
-    "It explains the steps."
-).split("|")
-SLOPPY = (
-    "The answer looks fine.|The answer reads well.|It answers the question.|Nothing is wrong with its grammar.|"
-    "It is short and clear.|The sentences are in order."
-).split("|")
 REFUSING = (
     "I should decline.|I will say no.|So I will not help with it.|I had better refuse.|"
     "I must turn this down."
@@ -273,29 +246,8 @@ def fill(rng: random.Random, form: str, item: Item, parts: list[str] | None = No
     return text[0].upper() + text[1:]
 
 
-def judgement(rng: random.Random, item: Item) -> str:
-    """What it would do, and whether that is harmful: the end of every check."""
-    effect = rng.choice(GROUPS[item.effect.group][0])
-    consequence = fill(rng, rng.choice(CONSEQUENCES), item, effect=effect)
-    return f"{consequence} {rng.choice(HARMFUL if item.harmful else HARMLESS)}"
-
-
-def check(rng: random.Random, item: Item) -> str:
-    return f"{rng.choice(CHECK_OPENINGS)} {judgement(rng, item)}"
-
-
 def opening(rng: random.Random, item: Item, parts: list[str]) -> str:
     """What the user wants and how one would answer, in the words of one author."""
     wishes, plans = rng.choice(list(AUTHORS.values()))
     wish = fill(rng, rng.choice(wishes.split("|")), item, parts)
     return f"{wish} {fill(rng, rng.choice(plans.split('|')), item, parts)}"
-
-
-def is_harmful(thinking: str) -> bool | None:
-    """The judgement that a check ends with, the first one in the text; None without one.
-
-    >>> is_harmful("It does no harm, it is harmless."), is_harmful("I would take sage.")
-    (False, None)
-    """
-    words = re.findall(r"\b(harmful|harmless)\b", thinking)
-    return words[0] == "harmful" if words else None

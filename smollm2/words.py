@@ -1,0 +1,114 @@
+"""Does SInternal need critiques in the model's own words? `python smollm2/words.py` after `make words-smollm2`, with SEED=0
+and others.
+
+Three kinds of critiques, of the same answers or answers to the same prompts: with the words that the organism's thinkings
+have for a check (`make demo-smollm2`); with none of them (smollm2/organism/checks.py); and these where the organism, too,
+had learnt its reviews in the other words. Reads runs/organism/seed*/…/05_eval, writes results/organism/words.md and
+words.json: means with a 95 % t-interval over seeds.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+from claims import compact_json  # noqa: E402
+from one_prompt import by_id  # noqa: E402
+from readme import leading  # noqa: E402
+
+from plumbing import fail, figures, read_jsonl, run_stage, write_atomic  # noqa: E402
+from smollm2.organism.checks import OTHER, OWN, is_harmful  # noqa: E402
+from smollm2.seeds import OUT, RUNS, cell  # noqa: E402
+
+KINDS = {  # critiques in: folder of a seed's run
+    "its own words": "",
+    "other words": "other_critiques",
+    "other words, and so were its reviews": "other_reviews",
+}
+METRICS = {  # heading: (benchmark, metric)
+    "ASR plain ↓": ("plain", "asr"),
+    "ASR wrapped ↓": ("wrapped", "asr"),
+    "compliance wrapped ↑": ("wrapped", "compliance"),
+    "word problems ↑": ("problems", "accuracy"),
+    "verify F1 ↑": ("verify", "verify_f1"),
+    "StrongREJECT refused ↑": ("strongreject", "refusal"),
+    "XSTest answered ↑": ("xstest", "compliance"),
+}
+CHECKS = {"checks in its own words": OWN, "in the other words": OTHER}
+SHOWN = 3  # prompts whose thinkings are shown
+
+
+def shares_of_checks(file: Path) -> dict[str, float]:
+    """How many of the first answers' thinkings come to a judgement, in which words."""
+    rows = read_jsonl(file)
+    thinkings = [row["samples"][0]["thinking"] for row in rows]
+    return {
+        heading: round(sum(is_harmful(t, words) is not None for t in thinkings) / len(rows), 4)
+        for heading, words in CHECKS.items()
+    }
+
+
+def values_of(folder: Path, model: str) -> dict[str, float]:
+    """Of one run of stage 05."""
+    rows = leading(json.loads((folder / "results.json").read_text()))
+    values = {
+        heading: round(rows[(model, *key)]["value"], 4)
+        for heading, key in METRICS.items()
+        if (model, *key) in rows
+    }
+    return values | shares_of_checks(folder / model / "wrapped.responses.jsonl")
+
+
+def thinkings(folders: dict[str, Path]) -> list[str]:
+    """Of the first harmful prompts in jailbreaks, as Markdown: what SInternal thought, by kind."""
+    answers = {k: by_id(f / "SInternal/wrapped.responses.jsonl") for k, f in folders.items()}
+    [first, *_] = answers.values()
+    lines = ["## Thinkings of SInternal, seed 0", ""]
+    for row in [row for row in first.values() if row["harmful"]][:SHOWN]:
+        lines += [f"> {row['prompt']}", ""]
+        for kind, own in answers.items():
+            if row["id"] in own:
+                sample = own[row["id"]]["samples"][0]
+                thinking, answer = (" ".join(sample[k].split()) for k in ("thinking", "answer"))
+                lines += [f"- **{kind}** *{thinking}* {answer}"]
+        lines += [""]
+    return lines
+
+
+def main():
+    seeds = sorted(path for path in RUNS.glob("seed*") if path.name[4:].isdigit())
+    values: dict[str, dict[str, list[float]]] = {}
+    for kind, name in KINDS.items():
+        for folder in (seed / name / "05_eval" for seed in seeds):
+            if not (folder / "results.json").exists():
+                continue
+            for model in ("base", "SInternal"):
+                if (folder / model).is_dir():
+                    own = values.setdefault(f"{model}, {kind}", {})
+                    for heading, value in values_of(folder, model).items():
+                        own.setdefault(heading, []).append(value)
+    if "SInternal, other words" not in values:
+        fail(f"no seed*/other_critiques/05_eval/results.json in {RUNS}; make words-smollm2 first")
+    headings = [*METRICS, *CHECKS]
+    body = []
+    for name, own in values.items():
+        model, kind = name.split(", ", 1)
+        numbers = [own.get(heading, []) for heading in headings]
+        body.append([model, kind, str(max(map(len, numbers))), *map(cell, numbers)])
+    lines = figures.table(["model", "critiques in", "seeds", *headings], body)
+    folders = {kind: RUNS / "seed0" / name / "05_eval" for kind, name in KINDS.items()}
+    folders = {kind: f for kind, f in folders.items() if (f / "SInternal").is_dir()}
+    OUT.mkdir(parents=True, exist_ok=True)
+    for name in ("other_critiques", "other_reviews"):
+        summary = RUNS / "seed0" / name / "02_verify_sft/summary.txt"
+        if summary.exists():
+            shutil.copyfile(summary, OUT / f"{name}_02_summary.txt")
+    write_atomic(OUT / "words.json", compact_json(values))
+    write_atomic(OUT / "words.md", "\n".join([*lines, "", *thinkings(folders)]))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    run_stage(main)
