@@ -14,6 +14,7 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, load, run_stage
@@ -133,9 +134,10 @@ HOPELESS = {  # what every request for one row gets, requests until that is that
 
 
 @pytest.mark.parametrize("what", HOPELESS)
-def test_a_row_without_an_answer_ends_in_one_line_and_the_others_stay(what, tmp_path):
+def test_a_row_without_an_answer_ends_in_one_line_and_the_others_stay(what, tmp_path, monkeypatch):
     bad, requests, words, client = HOPELESS[what]
-    path, began = tmp_path / "out.jsonl", time.time()
+    path, began, waits = tmp_path / "out.jsonl", time.time(), []
+    monkeypatch.setattr("engines.server.time", SimpleNamespace(sleep=waits.append))
     with serving(bad) as server:
         with pytest.raises(SystemExit) as stop:
             ask(server.name, path, **client)
@@ -143,6 +145,7 @@ def test_a_row_without_an_answer_ends_in_one_line_and_the_others_stay(what, tmp_
         assert line.startswith(f"error: {server.name}: ") and words in line and "\n" not in line and len(line) < 400
         assert line.endswith("; finished rows are kept, the same command goes on")
         assert server.asked["bad prompt"] == requests and time.time() - began < 30
+        assert [seconds for seconds in waits if seconds] == [1, 2] * (requests == 3)
         assert sorted(r["id"] for r in reopen_jsonl(path)) == ["fine", "good"]
         server.bad = always(completion(2))
         made = ask(server.name, path)
