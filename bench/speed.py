@@ -20,11 +20,16 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, MODEL, GGUF = ROOT / "results/bench", "runs/bench/model", "runs/bench/smollm2.gguf"
 VOCABULARIES, TOKENS = (1_000, 32_000, 151_000), (1024, 2048, 4096, 8192)
+SAMPLED = {
+    "tiny": ("tiny/lrm", 48, 1536),
+    "smollm2": ("smollm2/model", 8, 64),
+}  # model, prompts, rows
 GOALS = """sampler.tiny_vs_generate >= 4, sampler.tiny_vs_vllm >= 1, sampler.smollm2_vs_generate >= 1.5,
 sampler.smollm2_vs_vllm >= 1, sft.speed_vs_trl >= 2.5, sft.memory_vs_trl <= 0.5, sft.speed_vs_trl_best >= 3,
 sft.memory_vs_trl_best <= 0.5, sft.share_of_peak >= 0.5,
@@ -166,35 +171,33 @@ def equal_work(name: str, sides: dict[str, list[dict]]):
                 )
 
 
-def sampler_bench(bench: Bench, options):
+def sampler_bench(bench: Bench, options, name: str):
     vllm, llama = Path(options.vllm).absolute(), Path(options.llama).absolute()
-    pythons = {"vllm": str(vllm)}
-    models = {"tiny": ("tiny/lrm", 48, 1536), "smollm2": ("smollm2/model", 8, 64)}
-    for name, (model, prompts, rows) in models.items():
-        if not (ROOT / model).exists():
-            print(f"{model} is not there: skipped (smollm2/fetch.py)")
-            continue
-        fixed = {
-            "model": model,
-            "prompts": prompts,
-            "rows": rows,
-            "max_new_tokens": 64,
-            "groups": [1, 8, 32],
-        }
-        if options.quick:
-            fixed |= {"groups": [8], "max_new_tokens": 64 if name == "tiny" else 12}
-        engines = ["ours", "dynamic", "static"] + ["vllm"] * vllm.exists()
-        sides = {engine: {"engine": engine, **fixed} for engine in engines}
-        one_group = {**fixed, "groups": [8]}  # for slow ones
-        if name == "smollm2":
-            sides |= {engine: {"engine": engine, **one_group} for engine in engines[1:]}
-        sides["continuous"] = {"engine": "continuous", **one_group}
-        if name == "smollm2" and llama.exists():
-            if not (ROOT / GGUF).exists():
-                subprocess.run([sys.executable, "bench/to_gguf.py", GGUF], cwd=ROOT, check=True)
-            served = {"server": str(llama), "weights": GGUF}
-            sides["llama"] = {"engine": "llama", **served, **one_group}
-        bench.alternate(f"sampler {name}", "sampler", sides, pythons)
+    model, prompts, rows = SAMPLED[name]
+    if not (ROOT / model).exists():
+        print(f"{model} is not there: skipped (smollm2/fetch.py)")
+        return
+    fixed = {
+        "model": model,
+        "prompts": prompts,
+        "rows": rows,
+        "max_new_tokens": 64,
+        "groups": [1, 8, 32],
+    }
+    if options.quick:
+        fixed |= {"groups": [8], "max_new_tokens": 64 if name == "tiny" else 12}
+    engines = ["ours", "dynamic", "static"] + ["vllm"] * vllm.exists()
+    sides = {engine: {"engine": engine, **fixed} for engine in engines}
+    one_group = {**fixed, "groups": [8]}  # for slow ones
+    if name == "smollm2":
+        sides |= {engine: {"engine": engine, **one_group} for engine in engines[1:]}
+    sides["continuous"] = {"engine": "continuous", **one_group}
+    if name == "smollm2" and llama.exists():
+        if not (ROOT / GGUF).exists():
+            subprocess.run([sys.executable, "bench/to_gguf.py", GGUF], cwd=ROOT, check=True)
+        served = {"server": str(llama), "weights": GGUF}
+        sides["llama"] = {"engine": "llama", **served, **one_group}
+    bench.alternate(f"sampler {name}", "sampler", sides, {"vllm": str(vllm)})
     for peer, path in (("vllm", vllm), ("llama", llama)):
         if not path.exists():
             print(f"nothing at {path}: {peer} is skipped (make .venv-{peer}/ready)")
@@ -428,7 +431,8 @@ def figures(rows: dict):
     figure.savefig(OUT / "vocabulary.png", dpi=120)
 
 
-PARTS = {"training": training_bench, "head": head_bench, "sampler": sampler_bench}
+PARTS = {"training": training_bench, "head": head_bench}
+PARTS |= {f"sampler {name}": partial(sampler_bench, name=name) for name in SAMPLED}
 
 
 def main():
