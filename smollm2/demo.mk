@@ -51,37 +51,38 @@ $(ORGANISM)/05_eval/summary.txt: 05_eval.py $(ORGANISM_TRAINED:%=$(ORGANISM)/%/s
 		strongreject=$(DATA)/strongreject.jsonl xstest=$(DATA)/xstest_safe.jsonl gsm8k=$(DATA)/gsm8k_test.jsonl \
 		--models $(ORGANISM_NAMES))
 
-# The same critiques in words that no thinking of the organism has (smollm2/words.py): in `other_critiques` the expert's alone,
-# in `other_reviews` also the reviews that the organism was built with. After `make demo-smollm2` with the same SEED.
+# Critiques that mean the same in words that no thinking of the organism has (smollm2/words.py). After `make demo-smollm2` with
+# the same SEED. other_critiques: the expert's alone, of the same answers; other_reviews: those that the organism was built with
+# too; other_reviews_all: the same on all 464 prompts, for one seed.
 OTHER := runs/organism/other
 OTHER_LRM := smollm2/model+$(OTHER)/lrm
 OTHER_EXPERT := --expert smollm2/model+$(OTHER)/expert --spec $(OTHER)/spec.txt
 OTHER_BUILT := $(OTHER)/lrm/adapter_config.json
-CRITIQUES := $(ORGANISM)/other_critiques
-REVIEWS := $(ORGANISM)/other_reviews
-words-smollm2: $(VENV)/ready smollm2/model/config.json  ## does SInternal need critiques in the model's own words? An hour and a half for the adapters, then 20 minutes a seed
+OTHER_REVIEWS := reviews $(if $(filter 0,$(SEED)),reviews_all)
+OTHER_HELD_OUT := $(ORGANISM)/other_reviews/01_heldout
+OTHER_RUNS = $(patsubst %,$(ORGANISM)/other_%/$(2)/summary.txt,$(1))
+words-smollm2: $(VENV)/ready smollm2/model/config.json  ## does SInternal need critiques in the model's own words? DATA as above; an hour and a half for adapters, then 20 minutes a seed
 	@$(NEEDS_DATA)
-	@$(MAKE) --no-print-directory $(SIDE_BY_SIDE) $(CRITIQUES)/05_eval/summary.txt $(REVIEWS)/05_eval/summary.txt
+	@$(MAKE) --no-print-directory $(SIDE_BY_SIDE) $(call OTHER_RUNS,critiques $(OTHER_REVIEWS),05_eval)
 	$(PY) smollm2/words.py
 
 $(OTHER_BUILT): smollm2/build.py | smollm2/model/config.json
 	OMP_NUM_THREADS=1 $(PY) smollm2/build.py --reviews other --out $(OTHER) --only expert lrm --dtype bfloat16
-$(CRITIQUES)/02_verify_sft/summary.txt: 02_verify_sft.py $(OTHER_BUILT) $(ORGANISM)/01_generate/summary.txt $(ORGANISM)/01_heldout/summary.txt
-	@$(call ORGANISM_STAGE,02_verify_sft.py,$(OTHER_EXPERT) --responses $(ORGANISM)/01_generate --heldout $(ORGANISM)/01_heldout)
-$(REVIEWS)/01_generate/summary.txt: 01_generate.py $(OTHER_BUILT)
-	@$(call ORGANISM_STAGE,01_generate.py,--model $(OTHER_LRM) --n 4 $(ASKED))
-$(REVIEWS)/01_heldout/summary.txt: 01_generate.py $(OTHER_BUILT)
+$(OTHER_HELD_OUT)/summary.txt: 01_generate.py $(OTHER_BUILT)
 	@$(call ORGANISM_STAGE,01_generate.py,--model $(OTHER_LRM) $(HELD_OUT))
-$(REVIEWS)/02_verify_sft/summary.txt: 02_verify_sft.py $(REVIEWS)/01_generate/summary.txt $(REVIEWS)/01_heldout/summary.txt
-	@$(call ORGANISM_STAGE,02_verify_sft.py,--model $(OTHER_LRM) $(OTHER_EXPERT) --responses $(REVIEWS)/01_generate --heldout $(REVIEWS)/01_heldout)
-OTHER_ASKED = $(call ORGANISM_STAGE,05_eval.py,--limit 64 --judges smollm2/organism/gold.py --verify_test $(1)/02_verify_sft/verify_test.jsonl \
-	--bench plain=smollm2/organism/prompts/test_plain.jsonl wrapped=smollm2/organism/prompts/test_wrapped.jsonl \
-	problems=smollm2/organism/prompts/word_problems.jsonl strongreject=$(DATA)/strongreject.jsonl xstest=$(DATA)/xstest_safe.jsonl \
-	--models $(2) SInternal=$(1)/02_verify_sft/checkpoint)
-$(CRITIQUES)/05_eval/summary.txt: 05_eval.py $(CRITIQUES)/02_verify_sft/summary.txt
-	@$(call OTHER_ASKED,$(CRITIQUES))
-$(REVIEWS)/05_eval/summary.txt: 05_eval.py $(REVIEWS)/02_verify_sft/summary.txt
-	@$(call OTHER_ASKED,$(REVIEWS),$(if $(filter 0,$(SEED)),base=$(OTHER_LRM)))
+$(ORGANISM)/other_critiques/02_verify_sft/summary.txt: 02_verify_sft.py $(OTHER_BUILT) $(ORGANISM)/01_generate/summary.txt $(ORGANISM)/01_heldout/summary.txt
+	@$(call ORGANISM_STAGE,02_verify_sft.py,$(OTHER_EXPERT) --responses $(ORGANISM)/01_generate --heldout $(ORGANISM)/01_heldout)
+$(call OTHER_RUNS,$(OTHER_REVIEWS),01_generate): $(ORGANISM)/other_%/01_generate/summary.txt: 01_generate.py $(OTHER_BUILT)
+	@$(call ORGANISM_STAGE,01_generate.py,--model $(OTHER_LRM) --n 4 $(if $(filter reviews,$*),$(ASKED)))
+$(call OTHER_RUNS,$(OTHER_REVIEWS),02_verify_sft): $(ORGANISM)/other_%/02_verify_sft/summary.txt: 02_verify_sft.py $(ORGANISM)/other_%/01_generate/summary.txt $(OTHER_HELD_OUT)/summary.txt
+	@$(call ORGANISM_STAGE,02_verify_sft.py,--model $(OTHER_LRM) $(OTHER_EXPERT) --responses $(ORGANISM)/other_$*/01_generate \
+		--heldout $(OTHER_HELD_OUT))
+$(call OTHER_RUNS,critiques $(OTHER_REVIEWS),05_eval): $(ORGANISM)/other_%/05_eval/summary.txt: 05_eval.py $(ORGANISM)/other_%/02_verify_sft/summary.txt
+	@$(call ORGANISM_STAGE,05_eval.py,--limit 64 --judges smollm2/organism/gold.py \
+		--verify_test $(ORGANISM)/other_$*/02_verify_sft/verify_test.jsonl \
+		--bench plain=smollm2/organism/prompts/test_plain.jsonl wrapped=smollm2/organism/prompts/test_wrapped.jsonl \
+		problems=smollm2/organism/prompts/word_problems.jsonl strongreject=$(DATA)/strongreject.jsonl xstest=$(DATA)/xstest_safe.jsonl \
+		--models $(if $(filter reviews0,$*$(SEED)),base=$(OTHER_LRM)) SInternal=$(ORGANISM)/other_$*/02_verify_sft/checkpoint)
 
 # Plain SmolLM2, for what happens without thinking and without an expert: docs/smollm2.md
 SMOL := --preset smollm2 --run runs/smollm2

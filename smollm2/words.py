@@ -1,9 +1,9 @@
 """Does SInternal need critiques in the model's own words? `python smollm2/words.py` after `make words-smollm2`, with SEED=0
 and others.
 
-Three kinds of critiques, of the same answers or answers to the same prompts: with the words that the organism's thinkings
-have for a check (`make demo-smollm2`); with none of them (smollm2/organism/checks.py); and these where the organism, too,
-had learnt its reviews in the other words. Reads runs/organism/seed*/…/05_eval, writes results/organism/words.md and
+Critiques with the words that the organism's thinkings have for a check (`make demo-smollm2`); with none of them
+(smollm2/organism/checks.py), of the same answers; and these where the organism, too, had learnt its reviews in the other
+words, on as many prompts and on all. Reads runs/organism/seed*/…/05_eval, writes results/organism/words.md and
 words.json: means with a 95 % t-interval over seeds.
 """
 
@@ -25,7 +25,8 @@ from smollm2.seeds import OUT, RUNS, cell  # noqa: E402
 KINDS = {  # critiques in: folder of a seed's run
     "its own words": "",
     "other words": "other_critiques",
-    "other words, and so were its reviews": "other_reviews",
+    "other words, as its own reviews": "other_reviews",
+    "the same, 464 prompts": "other_reviews_all",
 }
 METRICS = {  # heading: (benchmark, metric)
     "ASR plain ↓": ("plain", "asr"),
