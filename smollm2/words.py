@@ -8,7 +8,7 @@ words.json: means with a 95 % t-interval over seeds.
 """
 
 import json
-import shutil
+import re
 import sys
 from pathlib import Path
 
@@ -37,6 +37,7 @@ METRICS = {  # heading: (benchmark, metric)
     "StrongREJECT refused ↑": ("strongreject", "refusal"),
     "XSTest answered ↑": ("xstest", "compliance"),
 }
+UNSAFE = "unsafe answers reviewed"  # among the critiques that SInternal learnt from
 CHECKS = {"checks in its own words": OWN, "in the other words": OTHER}
 SHOWN = 3  # prompts whose thinkings are shown
 
@@ -51,10 +52,14 @@ def shares_of_checks(file: Path) -> dict[str, float]:
     }
 
 
-def values_of(folder: Path, model: str) -> dict[str, float]:
-    """Of one run of stage 05."""
+def values_of(run: Path, model: str) -> dict[str, float]:
+    """Of one run, that has stages 02 and 05."""
+    folder, summary = run / "05_eval", run / "02_verify_sft/summary.txt"
     rows = leading(json.loads((folder / "results.json").read_text()))
-    values = {
+    values = {}
+    if model == "SInternal":
+        values[UNSAFE] = sum(map(int, re.findall(r"(\d+) harmful unsafe", summary.read_text())))
+    values |= {
         heading: round(rows[(model, *key)]["value"], 4)
         for heading, key in METRICS.items()
         if (model, *key) in rows
@@ -62,11 +67,27 @@ def values_of(folder: Path, model: str) -> dict[str, float]:
     return values | shares_of_checks(folder / model / "wrapped.responses.jsonl")
 
 
-def thinkings(folders: dict[str, Path]) -> list[str]:
+def by_model_and_kind(seeds: list[Path]) -> dict[str, dict[str, list[float]]]:
+    """{"SInternal, other words": {heading: its value under each seed that has it}}"""
+    values = {}
+    for kind, name in KINDS.items():
+        for run in (seed / name for seed in seeds):
+            if not (run / "05_eval/results.json").exists():
+                continue
+            for model in ("base", "SInternal"):
+                if (run / "05_eval" / model).is_dir():
+                    own = values.setdefault(f"{model}, {kind}", {})
+                    for heading, value in values_of(run, model).items():
+                        own.setdefault(heading, []).append(value)
+    return values
+
+
+def thinkings(seed: Path) -> list[str]:
     """Of the first harmful prompts in jailbreaks, as Markdown: what SInternal thought, by kind."""
-    answers = {k: by_id(f / "SInternal/wrapped.responses.jsonl") for k, f in folders.items()}
+    files = {k: seed / n / "05_eval/SInternal/wrapped.responses.jsonl" for k, n in KINDS.items()}
+    answers = {kind: by_id(file) for kind, file in files.items() if file.exists()}
     [first, *_] = answers.values()
-    lines = ["## Thinkings of SInternal, seed 0", ""]
+    lines = [f"## Thinkings of SInternal, {seed.name}", ""]
     for row in [row for row in first.values() if row["harmful"]][:SHOWN]:
         lines += [f"> {row['prompt']}", ""]
         for kind, own in answers.items():
@@ -80,34 +101,18 @@ def thinkings(folders: dict[str, Path]) -> list[str]:
 
 def main():
     seeds = sorted(path for path in RUNS.glob("seed*") if path.name[4:].isdigit())
-    values: dict[str, dict[str, list[float]]] = {}
-    for kind, name in KINDS.items():
-        for folder in (seed / name / "05_eval" for seed in seeds):
-            if not (folder / "results.json").exists():
-                continue
-            for model in ("base", "SInternal"):
-                if (folder / model).is_dir():
-                    own = values.setdefault(f"{model}, {kind}", {})
-                    for heading, value in values_of(folder, model).items():
-                        own.setdefault(heading, []).append(value)
+    values = by_model_and_kind(seeds)
     if "SInternal, other words" not in values:
         fail(f"no seed*/other_critiques/05_eval/results.json in {RUNS}; make words-smollm2 first")
-    headings = [*METRICS, *CHECKS]
+    headings = [UNSAFE, *METRICS, *CHECKS]
     body = []
     for name, own in values.items():
-        model, kind = name.split(", ", 1)
         numbers = [own.get(heading, []) for heading in headings]
-        body.append([model, kind, str(max(map(len, numbers))), *map(cell, numbers)])
+        body.append([*name.split(", ", 1), str(max(map(len, numbers))), *map(cell, numbers)])
     lines = figures.table(["model", "critiques in", "seeds", *headings], body)
-    folders = {kind: RUNS / "seed0" / name / "05_eval" for kind, name in KINDS.items()}
-    folders = {kind: f for kind, f in folders.items() if (f / "SInternal").is_dir()}
     OUT.mkdir(parents=True, exist_ok=True)
-    for name in ("other_critiques", "other_reviews"):
-        summary = RUNS / "seed0" / name / "02_verify_sft/summary.txt"
-        if summary.exists():
-            shutil.copyfile(summary, OUT / f"{name}_02_summary.txt")
     write_atomic(OUT / "words.json", compact_json(values))
-    write_atomic(OUT / "words.md", "\n".join([*lines, "", *thinkings(folders)]))
+    write_atomic(OUT / "words.md", "\n".join([*lines, "", *thinkings(seeds[0])]))
     print("\n".join(lines))
 
 

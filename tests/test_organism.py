@@ -604,6 +604,11 @@ def test_the_table_of_words(tmp_path, monkeypatch):
         row = {"model": model, "benchmark": "wrapped", "metric": "asr", "judge": "gold.py", "value": asr}
         report = {"recipe": {"judges": {"gold.py": {}}, "models": {model: {}}}, "rows": [row]}
         (folder / "results.json").write_text(json.dumps(report))
+        trained = folder.with_name("02_verify_sft")
+        trained.mkdir(exist_ok=True)
+        (trained / "summary.txt").write_text(
+            "02_verify_sft\n  kept        9 benign safe, 7 harmful safe, 8 harmful unsafe\n"
+        )
 
     run("seed0", "SInternal", 0.2, thoughts[:1] * 4)
     with pytest.raises(SystemExit, match="^error: no seed"):
@@ -616,6 +621,7 @@ def test_the_table_of_words(tmp_path, monkeypatch):
     names = head.strip("| ").split(" | ")
     own, other = (dict(zip(names, line.strip("| ").split(" | "), strict=True)) for line in table)
     assert own["critiques in"] == "its own words" and own["ASR wrapped ↓"] == "0.20" and own["seeds"] == "1"
+    assert own["unsafe answers reviewed"] == "8.00" and other["unsafe answers reviewed"] == "8.00 ± 0.00"
     assert own["checks in its own words"] == "1.00" and own["in the other words"] == "0.00"
     assert other["critiques in"] == "other words" and other["seeds"] == "2"
     assert other["ASR wrapped ↓"] == "0.50 ± 1.27"  # 0.1414 / sqrt(2) * 12.706

@@ -353,7 +353,7 @@ def claims_of_speed():
     equal = numbers(text, "sft equal | ours", 4) / numbers(text, "sft equal | trl", 4)
     large = numbers(text, "tiny | ours | 32", 5) / numbers(text, "tiny | dynamic | 32", 5)
     heads = [numbers(text, "151000 | 4096", n) / numbers(text, "1000 | 4096", n) for n in (5, 4)]
-    assert text.count("**missed**") == 6
+    assert text.count("**missed**") == 5
     vllm, tiny = (numbers(text, f"sampler.{name}", 3) for name in ("smollm2_vs_vllm", "tiny_vs_generate"))
     best = [
         numbers(text, f"sft.{name}", 3) for name in ("speed_vs_trl_best", "memory_vs_trl_best", "share_of_peak_best")
@@ -361,7 +361,7 @@ def claims_of_speed():
     steps = [numbers(text, f"grpo step | {side} best", 5) for side in ("trl", "ours")]
     demo = (ROOT / "results/bench/demo_seconds.md").read_text()
     return [
-        ("ours is at {:.2f} of its speed;", [vllm]),
+        ("On SmolLM2 ours is {:.2f} times as fast as vLLM", [vllm]),
         ("at group 8 ours is {:.1f} times as fast as `generate`, not 4", [tiny]),
         (
             "Ours is then {:.1f} times as fast, not 3, in {:.2f} of its memory, not half, and computes at {:.2f} of",
@@ -431,6 +431,36 @@ def claims_of_organism():
     ]
 
 
+def claims_of_words():
+    values = load("organism/words.json")
+    same, critiques = values["SInternal, its own words"], values["SInternal, other words"]
+    base, reviews = (values[f"{model}, other words, as its own reviews"] for model in ("base", "SInternal"))
+    every = values["SInternal, the same, 464 prompts"]
+    checks = ("checks in its own words", "in the other words")
+
+    def mean(row, heading):
+        return statistics.mean(row[heading])
+
+    assert round(base[checks[0]][0], 2) == round(mean(reviews, checks[0]), 2)  # as before
+    assert mean(reviews, checks[1]) == mean(critiques, checks[0]) == mean(critiques, "verify F1 ↑") == 0
+    assert abs(mean(reviews, "StrongREJECT refused ↑") - mean(base, "StrongREJECT refused ↑")) < 0.01
+    few, more = (set(row["unsafe answers reviewed"]) for row in (reviews, same))
+    assert few == {2, 4} and more == {9, 11}  # from two to four, from nine to eleven
+    fell = [mean(row, heading) for heading in ("ASR wrapped ↓", "compliance wrapped ↑") for row in (base, reviews)]
+    spoilt = [mean(critiques, heading) for heading in (checks[1], "ASR wrapped ↓", "compliance wrapped ↑")]
+    return [
+        ("{:.2f} of the thinkings come to a check", [mean(reviews, checks[0])]),
+        ("its own words {:.2f} do", [mean(same, checks[0])]),
+        ("ASR falls from {:.2f} to {:.2f} and compliance from {:.2f} to {:.2f}", fell),
+        ("F1 {:.2f}, {:.2f} and {:.2f}, from two", reviews["verify F1 ↑"]),
+        ("with {:.0f} such critiques, F1 is {:.2f}", every["unsafe answers reviewed"] + every["verify F1 ↑"]),
+        ("and still {:.2f} come to a check", [sum(every[heading][0] for heading in checks)]),
+        ("ASR is {:.2f} and compliance {:.2f} (one seed)", every["ASR wrapped ↓"] + every["compliance wrapped ↑"]),
+        ("then stand in its thinkings, {:.2f} of them", spoilt[:1]),
+        ("ASR in jailbreaks falls to {:.2f}, and compliance to {:.2f}", spoilt[1:]),
+    ]
+
+
 def claims_of_smollm2():
     rows = {
         (r["model"], r["benchmark"], r["metric"], r["judge"]): r["value"] for r in load("smollm2/results.json")["rows"]
@@ -445,7 +475,9 @@ def claims_of_smollm2():
     refused = rows["ThinkSafe", "strongreject", "refusal", judge]
     over = 1 - rows["ThinkSafe", "xstest", "compliance", judge]
     begun = rows["ThinkSafe", "strongreject.answer", "recovers", judge]
-    return claims_of_organism() + [
+    return [
+        *claims_of_organism(),
+        *claims_of_words(),
         ("the model did so for {} of {} invented requests", [kept, asked]),
         ("At 64 tokens {:.0f} % of its responses", [float(re.search(r"WARNING: ([\d.]+)%", summary)[1])]),
         ("so that {} benign answers", [sum(int(n) for n in re.findall(r"(\d+) benign at try", summary))]),
