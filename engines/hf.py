@@ -47,8 +47,8 @@ def sample_tokens(logits, uniforms, temperature: float, top_p: float = 1.0, top_
 
 
 def row_uniforms(seed: int, key: str, sample: int, count: int) -> torch.Tensor:
-    """All random numbers of one row, drawn ahead: its text depends on (seed, key, sample), never on
-    its neighbours."""
+    """All random numbers of one row, drawn ahead: its text depends on (seed, key, sample), on its
+    neighbours only by rounding, which in bfloat16 is enough to change it."""
     digest = hashlib.sha256(f"{seed}|{key}|{sample}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.rand(count, generator=generator)
