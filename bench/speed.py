@@ -26,10 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OUT, MODEL, GGUF = ROOT / "results/bench", "runs/bench/model", "runs/bench/smollm2.gguf"
 VOCABULARIES, TOKENS = (1_000, 32_000, 151_000), (1024, 2048, 4096, 8192)
-SAMPLED = {
-    "tiny": ("tiny/lrm", 48, 1536),
-    "smollm2": ("smollm2/model", 8, 64),
-}  # model, prompts, rows
+# sampled from: name -> (model, prompts, rows)
+SAMPLED = {"tiny": ("tiny/lrm", 48, 1536), "smollm2": ("smollm2/model", 8, 64)}
 GOALS = """sampler.tiny_vs_generate >= 4, sampler.tiny_vs_vllm >= 1, sampler.smollm2_vs_generate >= 1.5,
 sampler.smollm2_vs_vllm >= 1, sft.speed_vs_trl >= 2.5, sft.memory_vs_trl <= 0.5, sft.speed_vs_trl_best >= 3,
 sft.memory_vs_trl_best <= 0.5, sft.share_of_peak >= 0.5,

@@ -313,7 +313,9 @@ def answers_in(rows: list[dict], texts: list[str], name: str) -> dict:
     }
 
 
-def score_lrm(asker: Asker, prompts: Path, answers: list[dict], reviews=checks.OWN) -> dict:
+def score_lrm(
+    asker: Asker, prompts: Path, answers: list[dict], reviews: checks.Words = checks.OWN
+) -> dict:
     rng, user = random.Random(5), exchanges.user
     plain = plumbing.read_jsonl(prompts / "test_plain.jsonl")
     wrapped = plumbing.read_jsonl(prompts / "test_wrapped.jsonl")
@@ -403,7 +405,7 @@ def score_guard(asker: Asker, answers: list[dict]) -> dict:
     }
 
 
-def score_expert(asker: Asker, reviews=checks.OWN) -> dict:
+def score_expert(asker: Asker, reviews: checks.Words = checks.OWN) -> dict:
     rng = random.Random(7)
     effects = [effect for effect in inventions.EFFECTS if effect.split == "test"]
     items = [inventions.item_of(rng, effect, "test") for effect in effects for _ in range(2)]
@@ -474,7 +476,9 @@ def show(name: str, scores: dict):
         print(line)
 
 
-def score(name: str, model, tokenizer, prompts: Path, answers: list[dict], reviews) -> dict:
+def score(
+    name: str, model, tokenizer, prompts: Path, answers: list[dict], reviews: checks.Words
+) -> dict:
     asker = Asker(model, tokenizer)
     if name == "expert":
         return score_expert(asker, reviews)
