@@ -34,7 +34,7 @@ def pack(layer: nn.Linear):
 def layers_to_pack(model) -> list[nn.Linear]:
     """The large linear layers of a model on a CPU, if each computes the same packed, but for the
     order in which products are summed; else none."""
-    if model.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if model.device.type != "cpu":
         return []
     linear = [layer for layer in model.modules() if type(layer) is nn.Linear]
     layers = [layer for layer in linear if layer.weight.numel() >= LARGE]
@@ -55,7 +55,9 @@ def layers_to_pack(model) -> list[nn.Linear]:
 @contextmanager
 def packed_weights(layers: list[nn.Linear]):
     """Inside, the layers compute with packed copies of the weights that they have now, which takes
-    the memory of the weights once more."""
+    the memory of the weights once more; under autocast, which casts weights itself, as they are."""
+    if torch.is_autocast_enabled("cpu"):
+        layers = []
     for layer in layers:
         layer.forward = pack(layer)
     try:

@@ -97,6 +97,21 @@ def test_layers_leave_packing_as_they_were(wide, tokenizer, requests, monkeypatc
     assert not any("forward" in vars(module) for module in wide.modules())
 
 
+@packs
+def test_autocast_computes_as_without_packing(wide, tokenizer, requests, monkeypatch):
+    """GRPO opens its sampler before autocast, and samples in it, as its trainer scores in it."""
+    sampler, inside = HfSampler(wide, tokenizer, 1000), []
+    with torch.autocast("cpu", torch.bfloat16):
+        monkeypatch.setattr(packed, "pack", inside.append)
+        found = answers(sampler, requests)
+        assert inside == [] and len(sampler.packed) == 2 * 5 + 1
+        for k, sample in enumerate(found):  # in float32 they would be off by more
+            assert_log_probs(wide, requests[k // 3][1], sample, 1.0, 2e-2)
+    with pytest.raises(AssertionError):
+        for k, sample in enumerate(found):
+            assert_log_probs(wide, requests[k // 3][1], sample, 1.0, 1e-4)
+
+
 def wrong_by_one_per_cent(layer):
     plain = nn.Linear.forward
     return lambda x: plain(layer, x) * 1.01
