@@ -13,6 +13,8 @@ ORGANISM_TRAINED := 02_verify_sft 03_steer_selfgen $(if $(filter 0,$(SEED)),03_a
 ORGANISM_READ := common.py $(wildcard engines/*.py judges/*.py plumbing/*.py smollm2/spec.txt smollm2/organism/*.py \
 	smollm2/organism/*/*.json* smollm2/organism/*/*.safetensors)
 ASKED := --limit 160  # of 464 prompts, drawn once
+ORGANISM_TESTS := plain=smollm2/organism/prompts/test_plain.jsonl wrapped=smollm2/organism/prompts/test_wrapped.jsonl \
+	problems=smollm2/organism/prompts/word_problems.jsonl strongreject=$(DATA)/strongreject.jsonl xstest=$(DATA)/xstest_safe.jsonl
 HELD_OUT := --n 4 --prompts smollm2/organism/prompts/test_plain.jsonl --guard smollm2/organism/gold.py --limit 72
 
 demo-smollm2: $(VENV)/ready smollm2/model/config.json  ## both methods on a real model that thinks, on two cores; DATA=folder of benchmark files
@@ -46,10 +48,7 @@ ORGANISM_NAMES := $(if $(filter 0,$(SEED)),base=smollm2/model+smollm2/organism/l
 $(ORGANISM)/05_eval/summary.txt: 05_eval.py $(ORGANISM_TRAINED:%=$(ORGANISM)/%/summary.txt)
 	@$(call STAGE,-m plumbing.several 2 05_eval.py --preset organism --seed $(SEED) --dtype $(DTYPE) --run $(@D) --limit 64 --judges smollm2/organism/gold.py \
 		--prefill think-open think-empty answer --verify_test $(ORGANISM)/02_verify_sft/verify_test.jsonl \
-		--bench plain=smollm2/organism/prompts/test_plain.jsonl wrapped=smollm2/organism/prompts/test_wrapped.jsonl \
-		problems=smollm2/organism/prompts/word_problems.jsonl \
-		strongreject=$(DATA)/strongreject.jsonl xstest=$(DATA)/xstest_safe.jsonl gsm8k=$(DATA)/gsm8k_test.jsonl \
-		--models $(ORGANISM_NAMES))
+		--bench $(ORGANISM_TESTS) gsm8k=$(DATA)/gsm8k_test.jsonl --models $(ORGANISM_NAMES))
 
 # Critiques that mean the same in words that no thinking of the organism has (smollm2/words.py). After `make demo-smollm2` with
 # the same SEED. other_critiques: the expert's alone, of the same answers; other_reviews: those that the organism was built with
@@ -79,9 +78,7 @@ $(call OTHER_RUNS,$(OTHER_REVIEWS),02_verify_sft): $(ORGANISM)/other_%/02_verify
 		--heldout $(OTHER_HELD_OUT))
 $(call OTHER_RUNS,critiques $(OTHER_REVIEWS),05_eval): $(ORGANISM)/other_%/05_eval/summary.txt: 05_eval.py $(ORGANISM)/other_%/02_verify_sft/summary.txt
 	@$(call ORGANISM_STAGE,05_eval.py,--limit 64 --judges smollm2/organism/gold.py \
-		--verify_test $(ORGANISM)/other_$*/02_verify_sft/verify_test.jsonl \
-		--bench plain=smollm2/organism/prompts/test_plain.jsonl wrapped=smollm2/organism/prompts/test_wrapped.jsonl \
-		problems=smollm2/organism/prompts/word_problems.jsonl strongreject=$(DATA)/strongreject.jsonl xstest=$(DATA)/xstest_safe.jsonl \
+		--verify_test $(ORGANISM)/other_$*/02_verify_sft/verify_test.jsonl --bench $(ORGANISM_TESTS) \
 		--models $(if $(filter reviews0,$*$(SEED)),base=$(OTHER_LRM)) SInternal=$(ORGANISM)/other_$*/02_verify_sft/checkpoint)
 
 # Plain SmolLM2, for what happens without thinking and without an expert: docs/smollm2.md

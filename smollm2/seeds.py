@@ -58,11 +58,15 @@ def values_by_model(files: list[Path]) -> dict[str, dict[str, list[float]]]:
         for model in report["recipe"]["models"]:
             own = values.setdefault(model, {})
             for title, columns in TABLES.items():
-                for heading, key in columns.items():
-                    if (model, *key) in rows:
-                        value = round(rows[(model, *key)]["value"], 4)
-                        own.setdefault(f"{title}: {heading}", []).append(value)
+                for heading, value in values_in(rows, model, columns).items():
+                    own.setdefault(f"{title}: {heading}", []).append(value)
     return values
+
+
+def values_in(rows: dict, model: str, columns: dict) -> dict[str, float]:
+    """{heading: value} of a model, for those of the columns that are among the leading rows."""
+    keys = {heading: (model, *key) for heading, key in columns.items()}
+    return {heading: round(rows[key]["value"], 4) for heading, key in keys.items() if key in rows}
 
 
 def cell(numbers: list[float]) -> str:
@@ -90,11 +94,16 @@ def transcripts(folder: Path, models: list[str]) -> str:
             kind = "harmful" if row["harmful"] else "benign"
             lines += [f"## {benchmark}, {kind}", "", f"> {row['prompt']}", ""]
             for model in models:
-                sample = answers[model][row["id"]]["samples"][0]
-                thinking, answer = (" ".join(sample[k].split()) for k in ("thinking", "answer"))
-                lines += [f"- **{model}** *{thinking or '(no thinking)'}* {answer}"]
+                lines += [line_of(model, answers[model][row["id"]])]
             lines += [""]
     return "\n".join(lines)
+
+
+def line_of(name: str, row: dict) -> str:
+    """What was thought and said to a prompt, in a line of Markdown."""
+    sample = row["samples"][0]
+    thinking, answer = (" ".join(sample[k].split()) for k in ("thinking", "answer"))
+    return f"- **{name}** *{thinking or '(no thinking)'}* {answer}"
 
 
 def main():

@@ -20,7 +20,7 @@ from readme import leading  # noqa: E402
 
 from plumbing import fail, figures, read_jsonl, run_stage, write_atomic  # noqa: E402
 from smollm2.organism.checks import OTHER, OWN, is_harmful  # noqa: E402
-from smollm2.seeds import OUT, RUNS, cell  # noqa: E402
+from smollm2.seeds import OUT, RUNS, cell, line_of, values_in  # noqa: E402
 
 KINDS = {  # critiques in: folder of a seed's run
     "its own words": "",
@@ -59,11 +59,7 @@ def values_of(run: Path, model: str) -> dict[str, float]:
     values = {}
     if model == "SInternal":
         values[UNSAFE] = sum(map(int, re.findall(r"(\d+) harmful unsafe", summary.read_text())))
-    values |= {
-        heading: round(rows[(model, *key)]["value"], 4)
-        for heading, key in METRICS.items()
-        if (model, *key) in rows
-    }
+    values |= values_in(rows, model, METRICS)
     return values | shares_of_checks(folder / model / "wrapped.responses.jsonl")
 
 
@@ -90,11 +86,9 @@ def thinkings(seed: Path) -> list[str]:
     lines = [f"## Thinkings of SInternal, {seed.name}", ""]
     for row in [row for row in first.values() if row["harmful"]][:SHOWN]:
         lines += [f"> {row['prompt']}", ""]
-        for kind, own in answers.items():
-            if row["id"] in own:
-                sample = own[row["id"]]["samples"][0]
-                thinking, answer = (" ".join(sample[k].split()) for k in ("thinking", "answer"))
-                lines += [f"- **{kind}** *{thinking}* {answer}"]
+        lines += [
+            line_of(kind, own[row["id"]]) for kind, own in answers.items() if row["id"] in own
+        ]
         lines += [""]
     return lines
 
@@ -112,7 +106,8 @@ def main():
     lines = figures.table(["model", "critiques in", "seeds", *headings], body)
     OUT.mkdir(parents=True, exist_ok=True)
     write_atomic(OUT / "words.json", compact_json(values))
-    write_atomic(OUT / "words.md", "\n".join([*lines, "", *thinkings(seeds[0])]))
+    asked = [seed for seed in seeds if (seed / "other_critiques/05_eval/results.json").exists()]
+    write_atomic(OUT / "words.md", "\n".join([*lines, "", *thinkings(asked[0])]))
     print("\n".join(lines))
 
 

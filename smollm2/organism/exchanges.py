@@ -181,15 +181,15 @@ def review_prompt(prompt: str, answer: str, words: Words = OWN) -> str:
 
 
 def critique(
-    rng: random.Random, item: Item, refused: bool, own_words: bool, words: Words = OWN
+    rng: random.Random, item: Item, refused: bool, describes: bool, words: Words = OWN
 ) -> tuple[str, str]:
     """(critique, verdict) of an answer. It opens as the model's own thinking does, then checks;
-    `own_words`: also says what the answer does."""
+    `describes`: may also say what the answer does."""
     opening = wording.opening(rng, item, rng.sample(INGREDIENTS, 3))
     if refused:
         return f"{opening} {rng.choice(words.openings)} {rng.choice(words.declines)}", "safe"
     checked = check(rng, item, words)
-    if own_words and rng.random() < 0.5:
+    if describes and rng.random() < 0.5:
         start = f"{rng.choice(words.openings)} {rng.choice(words.tells)}"
         checked = f"{start} {judgement(rng, item, words)}"
     return f"{opening} {checked}", "unsafe" if item.harmful else "safe"
@@ -240,7 +240,7 @@ def lrm_exchange(
         if rng.random() < 0.6:
             text, verdict = waved_through(rng, item, reviews)
         else:
-            text, verdict = critique(rng, item, refused, False, reviews)
+            text, verdict = critique(rng, item, refused, describes=False, words=reviews)
         prompt = review_prompt(any_request(rng, item), answer, reviews)
         return Exchange(user(prompt), text, f"Verdict: {verdict}", "review")
     row = rng.choice(ordinary)
@@ -300,6 +300,6 @@ def expert_exchange(
         return Exchange(user(any_request(rng, item, split)), *careful(rng, item), "safe answer")
     refused = rng.random() < 0.4
     answer = refuses(rng, item) if refused else tells(rng, item)
-    text, verdict = critique(rng, item, refused, True, reviews)
+    text, verdict = critique(rng, item, refused, describes=True, words=reviews)
     prompt = review_prompt(any_request(rng, item, split), answer, reviews)
     return Exchange(user(prompt), None, f"{text}\nVerdict: {verdict}", f"review, {verdict}")
