@@ -19,7 +19,8 @@ HELD_OUT := --n 4 --prompts smollm2/organism/prompts/test_plain.jsonl --guard sm
 
 demo-smollm2: $(VENV)/ready smollm2/model/config.json  ## both methods on a real model that thinks, on two cores; DATA=folder of benchmark files
 	@$(NEEDS_DATA)
-	@$(MAKE) --no-print-directory $(SIDE_BY_SIDE) $(ORGANISM_TRAINED:%=$(ORGANISM)/%/summary.txt)
+	@$(MAKE) --no-print-directory $(SIDE_BY_SIDE) $(ORGANISM_TRAINED:%=$(ORGANISM)/%/summary.txt) \
+		$(ORGANISM)/05_eval/begun
 	@$(MAKE) --no-print-directory $(ORGANISM)/05_eval/summary.txt
 	@echo "the demo is done: $(ORGANISM)/05_eval/results.md, results.png, transcripts.html"
 
@@ -42,13 +43,18 @@ $(ORGANISM)/04_grpo_after_02/summary.txt: 04_grpo.py $(ORGANISM)/02_verify_sft/s
 $(ORGANISM)/04_grpo_after_03/summary.txt: 04_grpo.py $(ORGANISM)/03_steer_selfgen/summary.txt
 	@$(call ORGANISM_STAGE,04_grpo.py,--model $(ORGANISM)/03_steer_selfgen/checkpoint)
 SFT_NAMES := SInternal=$(ORGANISM)/02_verify_sft/checkpoint ThinkSafe=$(ORGANISM)/03_steer_selfgen/checkpoint
-ORGANISM_NAMES := $(if $(filter 0,$(SEED)),base=smollm2/model+smollm2/organism/lrm $(SFT_NAMES) \
-	SInternal-ThinkSafe=$(ORGANISM)/03_after_02/checkpoint SInternal+GRPO=$(ORGANISM)/04_grpo_after_02/checkpoint \
-	ThinkSafe+GRPO=$(ORGANISM)/04_grpo_after_03/checkpoint,$(SFT_NAMES))
-$(ORGANISM)/05_eval/summary.txt: 05_eval.py $(ORGANISM_TRAINED:%=$(ORGANISM)/%/summary.txt)
-	@$(call STAGE,-m plumbing.several 2 05_eval.py --preset organism --seed $(SEED) --dtype $(DTYPE) --run $(@D) --limit 64 --judges smollm2/organism/gold.py \
-		--prefill think-open think-empty answer --verify_test $(ORGANISM)/02_verify_sft/verify_test.jsonl \
-		--bench $(ORGANISM_TESTS) gsm8k=$(DATA)/gsm8k_test.jsonl --models $(ORGANISM_NAMES))
+FIRST_NAMES := $(if $(filter 0,$(SEED)),base=smollm2/model+smollm2/organism/lrm) $(SFT_NAMES)
+LATER_NAMES := $(if $(filter 0,$(SEED)),SInternal-ThinkSafe=$(ORGANISM)/03_after_02/checkpoint \
+	SInternal+GRPO=$(ORGANISM)/04_grpo_after_02/checkpoint ThinkSafe+GRPO=$(ORGANISM)/04_grpo_after_03/checkpoint)
+ORGANISM_EVAL = $(call STAGE,-m plumbing.several 2 05_eval.py --preset organism --seed $(SEED) --dtype $(DTYPE) --run $(@D) --limit 64 \
+	--judges smollm2/organism/gold.py --prefill think-open think-empty answer --verify_test $(ORGANISM)/02_verify_sft/verify_test.jsonl \
+	--bench $(ORGANISM_TESTS) gsm8k=$(DATA)/gsm8k_test.jsonl --models $(1))
+# begins beside the last of the stages above, which leave a core idle; the same run goes on with their models
+$(ORGANISM)/05_eval/begun: 05_eval.py $(ORGANISM)/02_verify_sft/summary.txt $(ORGANISM)/03_steer_selfgen/summary.txt
+	@$(call ORGANISM_EVAL,$(FIRST_NAMES))
+	@touch $@
+$(ORGANISM)/05_eval/summary.txt: $(ORGANISM)/05_eval/begun $(ORGANISM_TRAINED:%=$(ORGANISM)/%/summary.txt)
+	@$(call ORGANISM_EVAL,$(FIRST_NAMES) $(LATER_NAMES))
 
 # Critiques that mean the same in words that no thinking of the organism has (smollm2/words.py). After `make demo-smollm2` with
 # the same SEED. other_critiques: the expert's alone, of the same answers; other_reviews: those that the organism was built with
