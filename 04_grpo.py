@@ -278,7 +278,7 @@ def update(rollouts: list[Rollout], trainer: Trainer, reference, step: int, opti
         for b, (indices, weight) in enumerate(batches):
             part = [active[i] for i in indices]
             ids, mask = pad_batch([examples[i] for i in indices], device)  # (B, T) twice
-            log_probs, entropy, _ = scorer(ids, mask, options.temperature)  # (N,) each
+            log_probs, entropy, _ = scorer(ids, mask, options.temperature, entropy=True)  # (N,)
             old.setdefault(b, log_probs.detach())  # pi_old: these weights, before the first update
             reference_log_probs = reference(ids, mask, options.temperature) if reference else None
             advantages = [r.advantage for r in part for _ in r.reply.sample.ids]

@@ -206,7 +206,7 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if self.on:  # the scale goes where there is least to multiply
             low_rank = self.dropout(x) @ self.A.T.to(x.dtype) * self.scale
-            y = y + low_rank @ self.B.T.to(x.dtype)
+            y += low_rank @ self.B.T.to(x.dtype)
         return y
 
 
@@ -329,7 +329,7 @@ def own_share(batches: list[list[int]]) -> list[tuple[list[int], int]]:
 # Token log-probs ----------------------------------------------------------------------------------
 class Scores(NamedTuple):
     log_probs: torch.Tensor  # (N,) of the response tokens
-    entropy: torch.Tensor  # (N,) of the next-token distribution, no gradient
+    entropy: torch.Tensor | None  # (N,) of the next-token distribution, no gradient; if asked for
     divergence: torch.Tensor | None  # (N,) KL(reference || model) over the vocabulary, if asked for
 
 
@@ -352,7 +352,7 @@ class TokenScorer(nn.Module):
         batch = pad_batch([Example(row[:1], row[1:]) for row in rows], self.model.device)
         return self.forward(*batch).log_probs.split([len(row) - 1 for row in rows])
 
-    def forward(self, ids, mask, temperature=1.0, full_kl=False, chunk: int = 0) -> Scores:
+    def forward(self, ids, mask, temperature=1.0, full_kl=False, entropy=False, chunk=0) -> Scores:
         """Scores of the N response tokens, row after row: ids (B, T), mask (B, T).
 
         The head runs on response positions only, `chunk` at a time (0 = as many as fill 40 MB, on a
@@ -372,14 +372,16 @@ class TokenScorer(nn.Module):
 
         def head(h, label, h0):
             log_p = distribution(self.model, h)
-            log_probs, divergence = log_p.gather(1, label.unsqueeze(1)).squeeze(1), None
+            log_probs = log_p.gather(1, label.unsqueeze(1)).squeeze(1)
+            entropies = divergence = None
             if full_kl:
                 with torch.no_grad(), lora_off(self.model):  # the head may have LoRA too
                     log_r = distribution(self.reference or self.model, h0)
                 divergence = (log_r.exp() * (log_r - log_p)).sum(-1)
-            with torch.no_grad():  # last: the backward pass, which needs none, ends before it
-                entropy = -log_p.exp().mul_(log_p).sum(-1)  # in place: one (chunk, V) less
-            return log_probs, entropy, divergence
+            if entropy:
+                with torch.no_grad():  # last: the backward pass, which needs none, ends before it
+                    entropies = -log_p.exp().mul_(log_p).sum(-1)  # in place: one (chunk, V) less
+            return log_probs, entropies, divergence
 
         chunk = chunk or (2**28 if ids.is_cuda else 10_000_000) // self.model.config.vocab_size
         hidden, labels = hidden_states(self.model), ids[:, 1:][mask[:, 1:]]
@@ -391,9 +393,8 @@ class TokenScorer(nn.Module):
         parts = []
         for part in zip(hidden.split(chunk), labels.split(chunk), reference):
             parts.append(checkpoint(head, *part, use_reentrant=False) if again else head(*part))
-        log_probs, entropy, divergence = zip(*parts)
-        divergence = torch.cat(divergence) if full_kl else None
-        return Scores(torch.cat(log_probs), torch.cat(entropy), divergence)
+        columns = zip(*parts)
+        return Scores(*(None if one[0] is None else torch.cat(one) for one in columns))
 
 
 # The training loop --------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from conftest import load  # noqa: E402
 OUT, RANK = ROOT / "results/bench", 16
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 OPTIMIZER = "clipping and optimizer"
-SOFTMAX = "softmax, entropy and log-probs over the vocabulary"
+SOFTMAX = "softmax and log-probs over the vocabulary"
 GROUPS = ["frozen weights", "LoRA", "head", "attention", SOFTMAX, OPTIMIZER, "rest"]
 
 
@@ -38,7 +38,7 @@ def group_of(name: str, shapes: list[list[int]], parents: list[str]) -> str:
     """The group of an operation.
 
     >>> group_of("aten::mm", [[100, 384], [384, 16]], []), group_of("aten::mul", [[9, 32_000]], [])
-    ('LoRA', 'softmax, entropy and log-probs over the vocabulary')
+    ('LoRA', 'softmax and log-probs over the vocabulary')
     """
     sides = {side for shape in shapes for side in shape}
     if OPTIMIZER in [name, *parents]:

@@ -120,7 +120,7 @@ def test_scorer_against_a_full_forward_pass(model, kept):
     ids, mask = pad_batch(rows)
     scorer = TokenScorer(model)
     scorer.kept_logits = kept
-    found, entropy = scorer(ids, mask, 0.7, chunk=4)[:2]
+    found, entropy = scorer(ids, mask, 0.7, entropy=True, chunk=4)[:2]
     expected = []
     for prompt, response in rows:  # one row at a time: no padding at all
         logits = model(input_ids=torch.tensor([prompt + response])).logits[0].detach().double().numpy() / 0.7
@@ -151,7 +151,11 @@ def test_the_backward_pass_computes_many_logits_again_but_no_entropy(model, full
     scorer = TokenScorer(lora_twin(model, ["q_proj"], 0.05))
     scorer.kept_logits = 6 * model.config.vocab_size - (not kept)
     with Counting():
-        scores = scorer(*batch, full_kl=full_kl, chunk=2)
+        assert scorer(*batch, full_kl=full_kl, chunk=2).entropy is None
+    assert names.count("exp") == 3 * full_kl
+    names.clear()
+    with Counting():
+        scores = scorer(*batch, full_kl=full_kl, entropy=True, chunk=2)
     assert names.count("exp") == 3 * (1 + full_kl)
     loss, names = scores.divergence.sum() if full_kl else scores.log_probs.sum(), []
     with Counting():
