@@ -10,7 +10,7 @@ $(VENV)/ready: requirements-cpu.txt
 	$(PY) -m pip install -q -r requirements-cpu.txt
 	touch $@
 
-demo: $(VENV)/ready  ## all five stages on the miniature world, about four minutes on two cores
+demo: $(VENV)/ready  ## all five stages on the miniature world, about three minutes on two idle cores
 	@echo "stages 01 to 04, two at a time: each shows what it had to say when it ends"
 	@$(MAKE) --no-print-directory $(SIDE_BY_SIDE) $(TRAINED:%=$(RUNS)/%/summary.txt)
 	@$(MAKE) --no-print-directory $(RUNS)/05_eval/summary.txt

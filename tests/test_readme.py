@@ -353,7 +353,7 @@ def claims_of_speed():
     equal = numbers(text, "sft equal | ours", 4) / numbers(text, "sft equal | trl", 4)
     large = numbers(text, "tiny | ours | 32", 5) / numbers(text, "tiny | dynamic | 32", 5)
     heads = [numbers(text, "151000 | 4096", n) / numbers(text, "1000 | 4096", n) for n in (5, 4)]
-    assert text.count("**missed**") == 5
+    assert text.count("**missed**") == 3
     vllm, tiny = (numbers(text, f"sampler.{name}", 3) for name in ("smollm2_vs_vllm", "tiny_vs_generate"))
     best = [
         numbers(text, f"sft.{name}", 3) for name in ("speed_vs_trl_best", "memory_vs_trl_best", "share_of_peak_best")
@@ -366,7 +366,7 @@ def claims_of_speed():
         ("with SmolLM2 in float32 {:,.0f} MB instead", [statistics.median(run["peak"] for run in sampled)]),
         ("at group 8 ours is {:.1f} times as fast as `generate`, not 4", [tiny]),
         (
-            "Ours is then {:.1f} times as fast, not 3, in {:.2f} of its memory, not half, and computes at {:.2f} of",
+            "Ours is then {:.1f} times as fast, in {:.2f} of its memory, and computes at {:.2f} of the machine's peak, not",
             best,
         ),
         ("A GRPO step is {:.1f} times as fast", [numbers(text, "grpo_step.speed_vs_trl_best", 3)]),
