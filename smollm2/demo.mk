@@ -10,6 +10,7 @@ NEEDS_DATA = test -f $(DATA)/strongreject.jsonl || { echo "error: no strongrejec
 ORGANISM := runs/organism/seed$(SEED)
 ORGANISM_STAGE = $(call STAGE,$(1) --preset organism --seed $(SEED) --dtype $(DTYPE) --run $(@D) $(2))
 ORGANISM_TRAINED := 02_verify_sft 03_steer_selfgen $(if $(filter 0,$(SEED)),03_after_02 04_grpo_after_02 04_grpo_after_03)
+BEGUN := $(if $(filter 0,$(SEED)),$(ORGANISM)/05_eval/begun)
 ORGANISM_READ := common.py $(wildcard engines/*.py judges/*.py plumbing/*.py smollm2/spec.txt smollm2/organism/*.py \
 	smollm2/organism/*/*.json* smollm2/organism/*/*.safetensors)
 ASKED := --limit 160  # of 464 prompts, drawn once
@@ -19,8 +20,7 @@ HELD_OUT := --n 4 --prompts smollm2/organism/prompts/test_plain.jsonl --guard sm
 
 demo-smollm2: $(VENV)/ready smollm2/model/config.json  ## both methods on a real model that thinks, on two cores; DATA=folder of benchmark files
 	@$(NEEDS_DATA)
-	@$(MAKE) --no-print-directory $(SIDE_BY_SIDE) $(ORGANISM_TRAINED:%=$(ORGANISM)/%/summary.txt) \
-		$(ORGANISM)/05_eval/begun
+	@$(MAKE) --no-print-directory $(SIDE_BY_SIDE) $(ORGANISM_TRAINED:%=$(ORGANISM)/%/summary.txt) $(BEGUN)
 	@$(MAKE) --no-print-directory $(ORGANISM)/05_eval/summary.txt
 	@echo "the demo is done: $(ORGANISM)/05_eval/results.md, results.png, transcripts.html"
 
@@ -49,11 +49,11 @@ LATER_NAMES := $(if $(filter 0,$(SEED)),SInternal-ThinkSafe=$(ORGANISM)/03_after
 ORGANISM_EVAL = $(call STAGE,-m plumbing.several 2 05_eval.py --preset organism --seed $(SEED) --dtype $(DTYPE) --run $(@D) --limit 64 \
 	--judges smollm2/organism/gold.py --prefill think-open think-empty answer --verify_test $(ORGANISM)/02_verify_sft/verify_test.jsonl \
 	--bench $(ORGANISM_TESTS) gsm8k=$(DATA)/gsm8k_test.jsonl --models $(1))
-# begins beside the last of the stages above, which leave a core idle; the same run goes on with their models
+# seed 0: begins beside the last of the stages above, which leave a core idle; the same run goes on with their models
 $(ORGANISM)/05_eval/begun: 05_eval.py $(ORGANISM)/02_verify_sft/summary.txt $(ORGANISM)/03_steer_selfgen/summary.txt
 	@$(call ORGANISM_EVAL,$(FIRST_NAMES))
 	@touch $@
-$(ORGANISM)/05_eval/summary.txt: $(ORGANISM)/05_eval/begun $(ORGANISM_TRAINED:%=$(ORGANISM)/%/summary.txt)
+$(ORGANISM)/05_eval/summary.txt: 05_eval.py $(BEGUN) $(ORGANISM_TRAINED:%=$(ORGANISM)/%/summary.txt)
 	@$(call ORGANISM_EVAL,$(FIRST_NAMES) $(LATER_NAMES))
 
 # Critiques that mean the same in words that no thinking of the organism has (smollm2/words.py). After `make demo-smollm2` with
