@@ -102,14 +102,19 @@ claims-others: $(VENV)/ready  ## the core rows on two other bases, three seeds e
 claims-theory: $(VENV)/ready  ## ThinkSafe's theory, and own against another model's answers; 30 minutes
 	$(PY) bench/theory.py
 
-.venv-llama/ready:  ## builds llama.cpp, about ten minutes on one core
+LLAMA_SOURCE := llama_cpp_python-0.3.36  # holds that of llama.cpp
+.venv-llama/build/bin/llama-server:  ## builds llama.cpp's server from the source inside a Python package, about ten minutes on two cores
 	python3 -m venv .venv-llama
-	CMAKE_ARGS="-DGGML_NATIVE=on" .venv-llama/bin/python -m pip install -q "llama_cpp_python[server]==0.3.36"
-	touch $@
+	.venv-llama/bin/python -m pip install -q cmake
+	.venv-llama/bin/python -m pip download -q --no-deps --no-binary :all: -d .venv-llama $(subst -,==,$(LLAMA_SOURCE))
+	tar xzf .venv-llama/$(LLAMA_SOURCE).tar.gz -C .venv-llama
+	.venv-llama/bin/cmake -S .venv-llama/$(LLAMA_SOURCE)/vendor/llama.cpp -B .venv-llama/build -DCMAKE_BUILD_TYPE=Release \
+		-DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF > .venv-llama/log
+	.venv-llama/bin/cmake --build .venv-llama/build --target llama-server -j 2 >> .venv-llama/log
 
-# `make .venv-vllm/ready .venv-llama/ready` first to have vLLM and llama.cpp beside; BENCH=--quick for one repeat of less
+# `make .venv-vllm/ready .venv-llama/build/bin/llama-server` first to have vLLM and llama.cpp beside; BENCH=--quick for one repeat of less
 VLLM ?= .venv-vllm/bin/python
-LLAMA ?= .venv-llama/bin/python
+LLAMA ?= .venv-llama/build/bin/llama-server
 bench: $(VENV)/ready smollm2/model/config.json  ## speed and memory beside TRL, transformers.generate, vLLM and llama.cpp, an hour and three quarters on two idle cores
 	$(PY) bench/profile_step.py
 	$(PY) bench/scaling.py

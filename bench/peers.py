@@ -6,7 +6,6 @@ Requests are (key, prompt ids), as for our samplers. A length counts up to and w
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 from openai import APIConnectionError, InternalServerError, OpenAI
@@ -82,25 +81,15 @@ class Continuous:
 
 
 class Llama:
-    """llama.cpp's server over HTTP, as many requests at once as it can take.
-
-    `server` is a llama-server, which computes up to `slots` requests together, or the Python of an environment with
-    llama-cpp-python, whose server takes one request after another. Prompts go as text, and are read as the same number
-    of tokens."""
+    """llama.cpp's `server` over HTTP, which computes up to `slots` requests together. Prompts go as text, and are read as
+    the same number of tokens."""
 
     def __init__(self, server: str, weights: str, tokenizer, slots: int = 64, context: int = 256):
-        self.tokenizer, threads = tokenizer, str(torch.get_num_threads())
+        self.tokenizer, self.slots, threads = tokenizer, slots, str(torch.get_num_threads())
         port = str(free_port())
-        if Path(server).name.startswith("python"):
-            self.slots = 1
-            command = [server, "-m", "llama_cpp.server", "--model", weights]
-            command += ["--n_ctx", str(context)]
-            command += ["--port", port, "--n_threads", threads, "--n_threads_batch", threads]
-        else:
-            self.slots = slots
-            command = [server, "--model", weights, "--ctx-size", str(slots * context)]
-            command += ["--parallel", str(slots), "--port", port]
-            command += ["--threads", threads, "--threads-batch", threads]
+        command = [server, "--model", weights, "--ctx-size", str(slots * context)]
+        command += ["--parallel", str(slots), "--port", port]
+        command += ["--threads", threads, "--threads-batch", threads]
         self.client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         self.process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -58,7 +58,7 @@ NOTES = [
 median / longest. Ours and vLLM return log-probs as well. 48 prompts on tiny; on smollm2 8, and of groups of 32 the two
 that make as many rows. `continuous` is transformers.generate_batch, its cache sized for the rows (by itself it takes
 90 % of the machine's memory), 32 rows at once. `llama` is llama.cpp's server with the same weights in float32, which
-begins greedy answers as we do; llama-server computes 64 requests together, that of llama-cpp-python one after another.""",
+begins greedy answers as we do, 64 requests together.""",
     """Tokens: of SFT all, of GRPO the generated ones. In SFT and GRPO updates both sides had the same losses, gradient
 norms and label tokens. TRL also computes entropy, and in SFT accuracy, at each step; it pads GRPO's completions to the
 longest; and its fused head, which has no kernel for CPUs, scores every position. `ours best`, `trl best`: the fastest
@@ -198,7 +198,7 @@ def sampler_bench(bench: Bench, options, name: str):
     bench.alternate(f"sampler {name}", "sampler", sides, {"vllm": str(vllm)})
     for peer, path in (("vllm", vllm), ("llama", llama)):
         if not path.exists():
-            print(f"nothing at {path}: {peer} is skipped (make .venv-{peer}/ready)")
+            print(f"nothing at {path}: {peer} is skipped (Makefile: bench)")
 
 
 def fastest(tried: list[tuple[dict, float]]) -> dict:
@@ -441,9 +441,7 @@ def main():
         "--vllm", default=".venv-vllm/bin/python", help="python of an environment with vLLM"
     )
     parser.add_argument(
-        "--llama",
-        default=".venv-llama/bin/python",
-        help="python of an environment with llama-cpp-python[server], or a llama-server",
+        "--llama", default=".venv-llama/build/bin/llama-server", help="llama.cpp's server"
     )
     parser.add_argument("--quick", action="store_true", help="one repeat of less work")
     parser.add_argument("--repeats", type=int, default=5)

@@ -4,6 +4,7 @@ import argparse
 import inspect
 import math
 import re
+import sys
 import typing
 from dataclasses import MISSING, fields
 
@@ -248,11 +249,12 @@ def parse_options(cls, description: str, bounds: dict[str, tuple[float, float]] 
         description=description, formatter_class=HelpFormatter, allow_abbrev=False
     )
     parser.error = lambda message: fail(f"{message} (--help lists the options)")
-    texts = help_texts(cls)
+    asked = {"-h", "--help"} & {*sys.argv}
+    texts = help_texts(cls) if asked else {}  # the source is parsed for them
     for field in fields(cls):
         default = field.default if field.default is not MISSING else field.default_factory()
         shown = row.get(field.name, default)
-        text = texts[field.name]
+        text = texts.get(field.name, "")
         if shown != default:
             text = text.replace("(paper)", f"(paper: {short(default)})")
         add_option(parser, field, shown, text)

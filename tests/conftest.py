@@ -1,3 +1,4 @@
+import gc
 import importlib.util
 import json
 import os
@@ -6,11 +7,12 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+gc.disable()  # until all tests are collected: imports make no garbage
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several processes share the cores
 
-import pytest
-import started
-import torch
+import pytest  # noqa: E402
+import started  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -20,6 +22,20 @@ os.chdir(ROOT)
 def pytest_collection_modifyitems(items):
     """Slow tests first: one that began last would be waited for alone."""
     items.sort(key=lambda item: "slow" not in item.keywords)
+
+
+def pytest_collection_finish():
+    """What is imported stays, and need not be looked through again: every sampler that closes collects garbage."""
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Nor what a file's tests have imported in passing."""
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 def load(name: str):

@@ -1,7 +1,7 @@
 """Runs a stage under FSDP on CPUs: accelerate shards on accelerators only, so it is told that these are some.
 
-python -m torch.distributed.run --nproc_per_node 2 tests/sharded.py 04_grpo.py …
-python -m torch.distributed.run --nproc_per_node 2 tests/sharded.py scores    # log-probs of a sharded scorer
+python -m plumbing.several 2 tests/sharded.py 04_grpo.py …
+python -m plumbing.several 2 tests/sharded.py scores    # log-probs of a sharded scorer
 """
 
 import json

@@ -2,6 +2,7 @@
 spend seconds on that, which is most of a small run. `run` starts that process once, and asks it."""
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -42,6 +43,7 @@ def server() -> subprocess.Popen:
 
 
 def import_what_stages_import():
+    gc.disable()
     import accelerate.utils  # noqa: F401
     import math_verify  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
@@ -51,6 +53,9 @@ def import_what_stages_import():
 
     import engines.hf  # noqa: F401
     import judges.qwen3guard  # noqa: F401
+
+    gc.freeze()  # a fork that looks for garbage would copy every page of it
+    gc.enable()
 
 
 def serve():

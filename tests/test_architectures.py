@@ -26,7 +26,7 @@ LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_he
           "layer_types": ["linear_attention", "linear_attention", "full_attention"]}  # fmt: skip
 LATENT = {**EXPERTS, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
           "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4}  # fmt: skip
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
 CAPPED = {"sliding_window": 8, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8}
 HYBRID = {**EXPERTS, **MAMBA, "shared_intermediate_size": 24, "layer_types": ["mamba", "attention", "mamba"]}
 # name -> (what its config has beside SIZES, how its rows are sampled, whether the scorer computes the head in chunks)
@@ -46,7 +46,7 @@ ARCHITECTURES = {
     "llama4_text": ({**EXPERTS, "intermediate_size_mlp": 48, "attention_chunk_size": 8}, FastRows, False),
     "lfm2": ({"layer_types": ["conv", "full_attention", "conv"]}, PlainRows, True),
     "falcon_h1": ({**MAMBA, "mamba_d_ssm": 64, "lm_head_multiplier": 0.3}, PlainRows, False),
-    "mamba2": ({"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}, PlainRows, True),
+    "mamba2": ({"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 16}, PlainRows, True),
     "granitemoehybrid": ({**HYBRID, "logits_scaling": 4.0}, PlainRows, False),
     "smollm3": ({}, FastRows, True), "exaone4": ({"sliding_window": 8}, FastRows, True), "glm4": ({}, FastRows, True),
 }  # fmt: skip

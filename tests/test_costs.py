@@ -1,12 +1,11 @@
 """bench/scaling.py and bench/profile_step.py: what they compute from what they measure, against counts by hand."""
 
 import json
-import subprocess
 import sys
 
 import pytest
+import started
 import torch
-from conftest import ROOT
 
 from bench import profile_step, scaling
 
@@ -35,8 +34,8 @@ def test_slopes_are_those_of_the_upper_half_and_too_steep_ones_are_named():
 def test_a_point_is_measured_in_a_process_of_its_own(work):
     small = {"prompts": 2, "prompt": 5, "group": 2, "new": 4, "rows": 2, "length": 8}
     wanted = {**scaling.FIXED, **small, "work": work, "vocabulary": 100}
-    command = [sys.executable, "bench/scaling.py", json.dumps(wanted)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = started.run(["bench/scaling.py", json.dumps(wanted)])
+    assert done.returncode == 0, done.stderr
     one = json.loads(done.stdout.splitlines()[-1])
     # two layers 64 wide: query and output of one head, key and value, three of the MLP, four norms
     layer = 2 * 64 * 64 + 2 * 64 * 64 + 3 * 64 * (64 * 8 // 3) + 2 * 64 + 2 * 64

@@ -261,8 +261,8 @@ def test_another_stages_folder_is_named(tmp_path):
         opened(made[number], "--run", tmp_path / number)
 
 
-@pytest.mark.slow
 # The hub and interrupts -----------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_hub_out_of_reach_is_one_line_in_seconds(tmp_path, monkeypatch):
     """Nobody answers: once the address is unknown, once a server says nothing."""
     import huggingface_hub
