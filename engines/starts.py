@@ -7,6 +7,7 @@ the hardest to see through.)"""
 
 import difflib
 import re
+from functools import cache
 
 import plumbing
 from common import prompt_text
@@ -63,12 +64,18 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"\w+|\W+", text)
 
 
+@cache
+def distinct_words(prompt: str) -> set[str]:
+    """Those of a prompt, which is compared with many others."""
+    return set(words_of(prompt.lower()))
+
+
 def nearest(prompt: str, donors: list[dict]) -> dict:
     """The donor whose prompt shares most words with this one, of all words in either."""
-    own = set(words_of(prompt.lower()))
+    own = distinct_words(prompt)
 
     def likeness(donor: dict) -> float:
-        other = set(words_of(donor["prompt"].lower()))
+        other = distinct_words(donor["prompt"])
         return len(own & other) / len(own | other)
 
     return max(donors, key=likeness)

@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import engines
@@ -221,6 +222,7 @@ def judge_samples(judge: Judge, rows: list[dict], path: Path, text_of) -> dict[s
     return {row_id: row["verdicts"] for row_id, row in finished.items()}
 
 
+@lru_cache(10_000)  # many samples of a prompt are the same text
 def answer_is_correct(answer: str, gold: str) -> bool:
     """Maths by math-verify: the last expression in the answer against the gold one."""
     from math_verify import parse, verify

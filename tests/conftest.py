@@ -7,13 +7,11 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import pytest
+import started
+
 gc.disable()  # until all tests are collected: imports make no garbage
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several processes share the cores
-
-import pytest  # noqa: E402
-import started  # noqa: E402
-import torch  # noqa: E402
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
@@ -59,6 +57,14 @@ def run_stage(stage: str, *args, ok: bool = True, typed: bool = False) -> subpro
     return done
 
 
+def with_hub(url: str, home: Path, command: list) -> subprocess.Popen:
+    """A stage as a user types it, with another hub and with nothing of it in a cache."""
+    environment = {"HF_ENDPOINT": url, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(home)}
+    command = [sys.executable, *map(str, command)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
 def run_here(stage, *args):
     """A loaded stage with the command line `args`, in this interpreter: its imports are most of a small run."""
     with mock.patch.object(sys, "argv", [Path(stage.__file__).name, *map(str, args)]):
@@ -82,6 +88,8 @@ def rows(path):
 
 def next_token_log_probs(net, examples):
     """(N, V) in float64, of every response position in turn: `net`'s plain forward pass on one example at a time."""
+    import torch  # not above: the process that hands out the tests needs none
+
     parts = []
     for prompt, response in examples:
         logits = net(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
@@ -91,6 +99,8 @@ def next_token_log_probs(net, examples):
 
 def assert_log_probs(net, prompt: list[int], sample, temperature: float, tolerance: float):
     """A sample's log-probs are those of a full forward pass at the sampling temperature."""
+    import torch
+
     log_probs = next_token_log_probs(net, [(prompt, sample.ids)]).div(temperature).log_softmax(-1)
     expected = log_probs.gather(1, torch.tensor(sample.ids).unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(torch.tensor(sample.log_probs).double(), expected, atol=tolerance, rtol=0)

@@ -306,6 +306,8 @@ LABEL = " " + " ".join(SMALL)
 ])  # fmt: skip
 def test_every_fork_runs_and_writes_its_row(fork, monkeypatch, tmp_path, name, labels):
     monkeypatch.setattr(table, "EVALUATION", [*table.EVALUATION, "--limit", "4"])
+    for figure in ("draw_results", "draw_tradeoff", "draw_categories"):  # a third of the time; test_figures.py has them
+        monkeypatch.setattr(table.figures, figure, lambda *_: None)
     monkeypatch.setattr(table, "DEMO", "runs/no demo")
     monkeypatch.setitem(table.START, "SInternal", "tiny/lrm")
     monkeypatch.setattr(sys, "argv", [f"forks/{name}.py", "--seed", "3", "--out", str(tmp_path), *SMALL])
