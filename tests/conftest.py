@@ -10,7 +10,6 @@ from unittest import mock
 import pytest
 import started
 
-gc.disable()  # until all tests are collected: imports make no garbage
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several processes share the cores
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -20,6 +19,10 @@ os.chdir(ROOT)
 def pytest_collection_modifyitems(items):
     """Slow tests first: one that began last would be waited for alone."""
     items.sort(key=lambda item: "slow" not in item.keywords)
+
+
+def pytest_sessionstart():
+    gc.disable()  # until all tests are collected: imports make no garbage
 
 
 def pytest_collection_finish():

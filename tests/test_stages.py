@@ -30,7 +30,7 @@ def runs(tmp_path_factory):
     out["04"] = run_stage("04_grpo", "--run", folder / "04", "--model", folder / "02/checkpoint", *grpo)
     models = [f"base={ROOT}/tiny/lrm", f"sinternal={folder}/02/checkpoint", f"grpo={folder}/04/checkpoint"]
     test = ["--verify_test", folder / "02/verify_test.jsonl", "--limit", 8]
-    out["05"] = run_stage("05_eval", "--run", folder / "05", "--models", *models, *test, typed=True)
+    out["05"] = run_stage("05_eval", "--run", folder / "05", "--models", *models, *test)
     return folder, out
 
 

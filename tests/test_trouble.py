@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import started
 import torch
 from conftest import ROOT, load, refused, rows, run_here
 from accelerate import Accelerator
@@ -40,8 +41,7 @@ def interrupts():
 def test_killed_stages_go_on(tmp_path):
     """Every stage, two kills each; `make torture` has more."""
     report = tmp_path / "report.md"
-    command = [sys.executable, "tests/torture.py", "--report", report, "--seed", "2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = started.run(["tests/torture.py", "--report", report, "--seed", "2"])
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.read_text().splitlines()[2:]]
     assert [row[0] for row in table] == ["01", "02", "03", "04", "04 LoRA", "05"]
