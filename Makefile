@@ -102,13 +102,14 @@ claims-others: $(VENV)/ready  ## the core rows on two other bases, three seeds e
 claims-theory: $(VENV)/ready  ## ThinkSafe's theory, and own against another model's answers; 30 minutes
 	$(PY) bench/theory.py
 
-LLAMA_SOURCE := llama_cpp_python-0.3.36  # holds that of llama.cpp
+LLAMA_VERSION := 0.3.36
+LLAMA_SOURCE := .venv-llama/llama_cpp_python-$(LLAMA_VERSION)/vendor/llama.cpp
 .venv-llama/build/bin/llama-server:  ## builds llama.cpp's server from the source inside a Python package, about ten minutes on two cores
 	python3 -m venv .venv-llama
 	.venv-llama/bin/python -m pip install -q cmake
-	.venv-llama/bin/python -m pip download -q --no-deps --no-binary :all: -d .venv-llama $(subst -,==,$(LLAMA_SOURCE))
-	tar xzf .venv-llama/$(LLAMA_SOURCE).tar.gz -C .venv-llama
-	.venv-llama/bin/cmake -S .venv-llama/$(LLAMA_SOURCE)/vendor/llama.cpp -B .venv-llama/build -DCMAKE_BUILD_TYPE=Release \
+	.venv-llama/bin/python -m pip download -q --no-deps --no-binary :all: -d .venv-llama llama_cpp_python==$(LLAMA_VERSION)
+	tar xzf .venv-llama/llama_cpp_python-$(LLAMA_VERSION).tar.gz -C .venv-llama
+	.venv-llama/bin/cmake -S $(LLAMA_SOURCE) -B .venv-llama/build -DCMAKE_BUILD_TYPE=Release \
 		-DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF > .venv-llama/log
 	.venv-llama/bin/cmake --build .venv-llama/build --target llama-server -j 2 >> .venv-llama/log
 

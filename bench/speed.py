@@ -198,7 +198,7 @@ def sampler_bench(bench: Bench, options, name: str):
     bench.alternate(f"sampler {name}", "sampler", sides, {"vllm": str(vllm)})
     for peer, path in (("vllm", vllm), ("llama", llama)):
         if not path.exists():
-            print(f"nothing at {path}: {peer} is skipped (Makefile: bench)")
+            print(f"nothing at {path}: {peer} is skipped (the Makefile says how to build it)")
 
 
 def fastest(tried: list[tuple[dict, float]]) -> dict:
