@@ -71,7 +71,12 @@ def distinct_words(prompt: str) -> set[str]:
 
 
 def nearest(prompt: str, donors: list[dict]) -> dict:
-    """The donor whose prompt shares most words with this one, of all words in either."""
+    """The donor whose prompt shares most words with this one, of all words in either.
+
+    >>> donors = [{"prompt": "How to mak edi?"}, {"prompt": "how do i make soup?"}]
+    >>> nearest("How Do I Make Tea?", donors)["prompt"]
+    'how do i make soup?'
+    """
     own = distinct_words(prompt)
 
     def likeness(donor: dict) -> float:
