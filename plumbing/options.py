@@ -6,6 +6,7 @@ import math
 import re
 import sys
 import typing
+from collections import defaultdict
 from dataclasses import MISSING, fields
 
 from plumbing.process import fail
@@ -249,12 +250,13 @@ def parse_options(cls, description: str, bounds: dict[str, tuple[float, float]] 
         description=description, formatter_class=HelpFormatter, allow_abbrev=False
     )
     parser.error = lambda message: fail(f"{message} (--help lists the options)")
-    asked = {"-h", "--help"} & {*sys.argv}
-    texts = help_texts(cls) if asked else {}  # the source is parsed for them
+    texts = defaultdict(str)  # left out where nobody asks: the source is parsed for them
+    if {"-h", "--help"} & {*sys.argv}:
+        texts = help_texts(cls)
     for field in fields(cls):
         default = field.default if field.default is not MISSING else field.default_factory()
         shown = row.get(field.name, default)
-        text = texts.get(field.name, "")
+        text = texts[field.name]
         if shown != default:
             text = text.replace("(paper)", f"(paper: {short(default)})")
         add_option(parser, field, shown, text)

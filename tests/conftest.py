@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -60,12 +61,13 @@ def run_stage(stage: str, *args, ok: bool = True, typed: bool = False) -> subpro
     return done
 
 
-def with_hub(url: str, home: Path, command: list) -> subprocess.Popen:
-    """A stage as a user types it, with another hub and with nothing of it in a cache."""
+def run_with_hub(url: str, home: Path, *command) -> subprocess.CompletedProcess:
+    """A stage as a user types it, with another hub and with nothing of it in a cache; within 30 seconds."""
     environment = {"HF_ENDPOINT": url, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(home)}
-    command = [sys.executable, *map(str, command)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    command, began = [sys.executable, *map(str, command)], time.time()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert time.time() - began < 30
+    return done
 
 
 def run_here(stage, *args):

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, load, refused, with_hub
+from conftest import ROOT, load, refused, run_with_hub
 
 import engines
 import judges
@@ -268,12 +268,11 @@ def test_a_hub_out_of_reach_is_one_line_in_seconds(tmp_path):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen(8)
-        command = ["01_generate.py", "--model", "Qwen/Qwen3-0.6B", "--run", tmp_path / "run"]
-        urls = ("http://nowhere.invalid", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        for child in [with_hub(url, tmp_path, command) for url in urls]:
-            _, errors = child.communicate(timeout=60)  # 2 and 8 seconds on an idle machine, one by one
-            assert child.returncode == 1 and errors.count("\n") == 1, errors
-            assert errors.startswith("error: no model 'Qwen/Qwen3-0.6B'") and "out of reach" in errors
+        for url in ("http://nowhere.invalid", f"http://127.0.0.1:{silent.getsockname()[1]}"):
+            options = ["--model", "Qwen/Qwen3-0.6B", "--run", tmp_path / "run"]
+            done = run_with_hub(url, tmp_path, "01_generate.py", *options)  # 2 and 8 seconds on an idle machine
+            assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+            assert done.stderr.startswith("error: no model 'Qwen/Qwen3-0.6B'") and "out of reach" in done.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -23,14 +23,15 @@ def runs(tmp_path_factory):
     out["01"] = run_stage("01_generate", "--run", folder / "01", "--limit", 40, "--n", 4, typed=True)
     heldout = ["--prompts", "tiny/prompts/test_plain.jsonl", "--guard", "tiny/gold.py", "--limit", 12, "--n", 4]
     run_stage("01_generate", "--run", folder / "held", *heldout)
-    answers = ["--responses", folder / "01", "--heldout", folder / "held"]
-    out["02"] = run_stage("02_verify_sft", "--run", folder / "02", *answers)
-    out["03"] = run_stage("03_steer_selfgen", "--run", folder / "03", "--limit", 24, "--epochs", 1)
+    out["02"] = run_stage(
+        "02_verify_sft", "--run", folder / "02", "--responses", folder / "01", "--heldout", folder / "held", typed=True
+    )
+    out["03"] = run_stage("03_steer_selfgen", "--run", folder / "03", "--limit", 24, "--epochs", 1, typed=True)
     grpo = ["--steps", 3, "--batch_size", 4, "--group_size", 4, "--limit", 20]
-    out["04"] = run_stage("04_grpo", "--run", folder / "04", "--model", folder / "02/checkpoint", *grpo)
+    out["04"] = run_stage("04_grpo", "--run", folder / "04", "--model", folder / "02/checkpoint", *grpo, typed=True)
     models = [f"base={ROOT}/tiny/lrm", f"sinternal={folder}/02/checkpoint", f"grpo={folder}/04/checkpoint"]
     test = ["--verify_test", folder / "02/verify_test.jsonl", "--limit", 8]
-    out["05"] = run_stage("05_eval", "--run", folder / "05", "--models", *models, *test)
+    out["05"] = run_stage("05_eval", "--run", folder / "05", "--models", *models, *test, typed=True)
     return folder, out
 
 
