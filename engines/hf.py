@@ -18,13 +18,27 @@ import plumbing
 from engines.base import Sample, Sampler, Sampling, end_tokens
 from engines.packed import layers_to_pack, packed_weights
 
+LOGITS_AT_ONCE = 4 * 2**20  # 16 MB: malloc maps what is over 32 MB anew each time, page by page
+
 
 def sample_tokens(logits, uniforms, temperature: float, top_p: float = 1.0, top_k: int = 0):
     """One token per row by inverse CDF: logits (B, V), uniforms (B,) in [0, 1) -> tokens (B,),
     log-probs (B,).
 
     Log-probs are those of softmax(logits / T) before top-k and top-p cut it: what the trainer
-    computes (trap 12). Temperature 0 is greedy, with log-probs at T = 1."""
+    computes (trap 12). Temperature 0 is greedy, with log-probs at T = 1. Of large vocabularies a
+    few rows are drawn at a time, for memory."""
+    count = max(1, LOGITS_AT_ONCE // logits.size(1))
+    parts = [
+        draw_tokens(some, draws, temperature, top_p, top_k)
+        for some, draws in zip(logits.split(count), uniforms.split(count))
+    ]
+    tokens, log_probs = zip(*parts)
+    return torch.cat(tokens), torch.cat(log_probs)
+
+
+def draw_tokens(logits, uniforms, temperature: float, top_p: float, top_k: int):
+    """The same for rows that are drawn at once."""
     log_probs = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # (B, V)
     if temperature == 0:
         tokens = log_probs.argmax(-1)

@@ -15,6 +15,7 @@ import plumbing
 from judges.qwen3guard import LABEL
 from common import Example, TokenScorer, add_lora, lora_off, micro_batches, own_share, pad_batch, save_checkpoint
 from engines import Sample
+from engines import hf
 from engines.hf import row_uniforms, sample_tokens
 from judges import label_probability
 
@@ -342,6 +343,21 @@ def test_sampled_shares_against_transformers_warpers(top_p, top_k):
     shares = np.bincount(tokens.numpy(), minlength=8) / 40_000
     np.testing.assert_allclose(shares, expected, atol=0.01)
     np.testing.assert_allclose(log_probs[:50], (logits[0] / 0.8).log_softmax(-1)[tokens[:50]], atol=1e-6)
+
+
+@pytest.mark.parametrize("at_once", [10, 100])
+@pytest.mark.parametrize("cut", [(0.0, 1.0, 0), (0.8, 1.0, 0), (0.8, 0.7, 0), (0.8, 0.8, 5)])
+def test_drawing_a_few_rows_at_a_time_changes_nothing(monkeypatch, cut, at_once):
+    """One row of 50 logits at a time, or two and a last one."""
+    generator = torch.Generator().manual_seed(0)
+    logits, draws = torch.randn(7, 50, generator=generator), torch.rand(7, generator=generator)
+    whole = sample_tokens(logits, draws, *cut)
+    seen, honest = [], hf.draw_tokens
+    monkeypatch.setattr(hf, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(hf, "draw_tokens", lambda some, *rest: seen.append(len(some)) or honest(some, *rest))
+    tokens, log_probs = sample_tokens(logits, draws, *cut)
+    assert seen == ([1] * 7 if at_once == 10 else [2, 2, 2, 1])
+    assert torch.equal(tokens, whole[0]) and torch.equal(log_probs, whole[1])
 
 
 def test_uniforms_belong_to_the_row():
