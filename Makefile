@@ -116,7 +116,9 @@ LLAMA_SOURCE := .venv-llama/llama_cpp_python-$(LLAMA_VERSION)/vendor/llama.cpp
 # `make .venv-vllm/ready .venv-llama/build/bin/llama-server` first to have vLLM and llama.cpp beside; BENCH=--quick for one repeat of less
 VLLM ?= .venv-vllm/bin/python
 LLAMA ?= .venv-llama/build/bin/llama-server
-bench: $(VENV)/ready smollm2/model/config.json  ## speed and memory beside TRL, transformers.generate, vLLM and llama.cpp, an hour and three quarters on two idle cores
+bench: $(VENV)/ready smollm2/model/config.json  ## speed and memory beside TRL, transformers.generate, vLLM and llama.cpp, two hours on two idle cores
+	rm -rf runs/seconds
+	$(PY) bench/seconds.py
 	$(PY) bench/profile_step.py
 	$(PY) bench/scaling.py
 	$(PY) bench/speed.py --vllm $(VLLM) --llama $(LLAMA) $(BENCH)

@@ -9,6 +9,7 @@ operations do not cover is Python's. Attention's operations are counted without 
 """
 
 import argparse
+import importlib
 import json
 import math
 import resource
@@ -22,10 +23,9 @@ from unittest import mock
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 from bench import training  # noqa: E402
 from common import Trainer, load_tokenizer  # noqa: E402
-from conftest import load  # noqa: E402
 
 OUT, RANK = ROOT / "results/bench", 16
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
@@ -82,7 +82,7 @@ def page_faults() -> int:
 
 def train(folder: Path, steps: int, profiler=None) -> dict:
     """Wall and CPU seconds and page faults of all steps but the first; the profiler looks on at those."""
-    stage, ends, take_step = load("02_verify_sft"), [], Trainer.step
+    stage, ends, take_step = importlib.import_module("02_verify_sft"), [], Trainer.step
     examples = training.sft_examples(steps * training.SFT_BATCH, True)
 
     def watched_step(trainer):

@@ -16,6 +16,7 @@ for both: the end of every optimizer step. Both say loss, gradient norm and labe
 work can be asserted.
 """
 
+import importlib
 import random
 import sys
 import tempfile
@@ -28,7 +29,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 from bench.clock import finish, peak_memory, settings  # noqa: E402
 from bench.limits import copy_bandwidth  # noqa: E402
 from common import Example, TokenScorer, add_lora, cosine_rate, load_model  # noqa: E402
@@ -37,7 +38,6 @@ from engines.hf import HfSampler  # noqa: E402
 from plumbing import ALL_LINEAR  # noqa: E402
 from common import load_tokenizer, pad_batch  # noqa: E402
 from plumbing import read_jsonl, write_jsonl  # noqa: E402
-from conftest import load  # noqa: E402
 
 END, PAD, LAYERS, HIDDEN, VOCABULARY, SFT_BATCH, PROMPTS, GROUP = 0, 1, 6, 384, 32_000, 16, 8, 8
 RATE, LONGEST = 1e-4, 256
@@ -169,7 +169,7 @@ def sft(wanted: dict, folder: Path, run: Path) -> dict:
     tokens = [sum(len(e.prompt) + len(e.response) for e in chunk) for chunk in chunks]
     steps, tokenizer = Steps(), load_tokenizer(str(folder))
     if wanted["side"] == "ours":
-        stage = load("02_verify_sft")
+        stage = importlib.import_module("02_verify_sft")
         options = stage.Options(model=str(folder), epochs=1, learning_rate=RATE)
         options.micro_batch_tokens = wanted["micro_batch_tokens"]
         stage.train(options, run, examples, tokenizer)
@@ -264,7 +264,7 @@ def grpo(wanted: dict, folder: Path, run: Path) -> dict:
     recorded = record([tokenizer.encode(text, add_special_tokens=False) for text in texts])
     count = PROMPTS * GROUP
     if wanted["side"] == "ours":
-        stage = load("04_grpo")
+        stage = importlib.import_module("04_grpo")
 
         def replay(sampler, asked, *_):
             return iter([(i, recorded[tuple(ids)]) for i, (_, ids) in enumerate(asked)])

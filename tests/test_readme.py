@@ -353,12 +353,13 @@ def claims_of_speed():
     equal = numbers(text, "sft equal | ours", 4) / numbers(text, "sft equal | trl", 4)
     large = numbers(text, "tiny | ours | 32", 5) / numbers(text, "tiny | dynamic | 32", 5)
     heads = [numbers(text, "151000 | 4096", n) / numbers(text, "1000 | 4096", n) for n in (5, 4)]
-    assert text.count("**missed**") == 3
+    assert text.count("**missed**") == 2
     vllm, tiny = (numbers(text, f"sampler.{name}", 3) for name in ("smollm2_vs_vllm", "tiny_vs_generate"))
-    best = [
-        numbers(text, f"sft.{name}", 3) for name in ("speed_vs_trl_best", "memory_vs_trl_best", "share_of_peak_best")
-    ]
-    sampled = load("bench/speed.json")["rows"]["sampler smollm2"]["ours"]
+    best = ("speed_vs_trl_best", "memory_vs_trl_best", "share_of_peak_best", "share_of_peak")
+    best = [numbers(text, f"sft.{name}", 3) for name in best]
+    saved = load("bench/speed.json")
+    tried = [min(wall for _, wall in saved["about"]["tried"][f"sft spread | {side}"]) for side in ("trl", "ours")]
+    sampled = saved["rows"]["sampler smollm2"]["ours"]
     steps = [numbers(text, f"grpo step | {side} best", 5) for side in ("trl", "ours")]
     demo = (ROOT / "results/bench/demo_seconds.md").read_text()
     return [
@@ -366,9 +367,11 @@ def claims_of_speed():
         ("with SmolLM2 in float32 {:,.0f} MB instead", [statistics.median(run["peak"] for run in sampled)]),
         ("at group 8 ours is {:.1f} times as fast as `generate`, not 4", [tiny]),
         (
-            "Ours is then {:.1f} times as fast, in {:.2f} of its memory, and computes at {:.2f} of the machine's peak, not",
+            "Ours is then {:.1f} times as fast, in {:.2f} of its memory, and computes at {:.2f} of the machine's peak; with "
+            "our defaults at {:.2f}, not at half",
             best,
         ),
+        ("from try to try ours is {:.1f} times as fast", [tried[0] / tried[1]]),
         ("A GRPO step is {:.1f} times as fast", [numbers(text, "grpo_step.speed_vs_trl_best", 3)]),
         ("and {:.1f} times in seconds", [steps[0] / steps[1]]),
         ("It took {} seconds, and the goal of 120 is missed", re.findall(r": (\d+) seconds", demo)),
