@@ -210,6 +210,15 @@ def fastest(tried: list[tuple[dict, float]]) -> dict:
     return min(tried, key=lambda pair: pair[1])[0]
 
 
+def tried_twice(bench: Bench, side: dict, settings: list[dict]) -> list[tuple[dict, float]]:
+    """(settings, wall seconds of the faster of two tries, in turns)."""
+    turns = [
+        [bench.process("training", {**side, **more})["wall"] for more in settings]
+        for _ in range(min(2, bench.repeats))
+    ]
+    return [(more, min(tries)) for more, *tries in zip(settings, *turns)]
+
+
 def training_bench(bench: Bench, options):
     """The goals ask for the fastest settings of SFT on spread lengths and of whole GRPO steps."""
     bench.process("training", {"work": "make", "folder": MODEL})
@@ -222,14 +231,7 @@ def training_bench(bench: Bench, options):
         if name in ("sft spread", "grpo step"):
             tried = {"ours": OURS_TRIED, "trl": TRL_TRIED[kinds[name]["work"]]}
             for side, settings in tried.items():
-                turns = [
-                    [
-                        bench.process("training", {**sides[side], **more})["wall"]
-                        for more in settings
-                    ]
-                    for _ in range(min(2, bench.repeats))
-                ]
-                walls = [(more, min(tries)) for more, *tries in zip(settings, *turns)]
+                walls = tried_twice(bench, sides[side], settings)
                 sides[f"{side} best"] = {**sides[side], **fastest(walls)}
                 bench.about["tried"] |= {f"{name} | {side}": walls}
                 print(f"{name}, {side}, tried: {walls}", flush=True)

@@ -14,8 +14,7 @@ from conftest import load, next_token_log_probs
 import plumbing
 from judges.qwen3guard import LABEL
 from common import Example, TokenScorer, add_lora, lora_off, micro_batches, own_share, pad_batch, save_checkpoint
-from engines import Sample
-from engines import hf
+from engines import Sample, hf
 from engines.hf import row_uniforms, sample_tokens
 from judges import label_probability
 
