@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -61,13 +61,18 @@ def run_stage(stage: str, *args, ok: bool = True, typed: bool = False) -> subpro
     return done
 
 
-def run_with_hub(url: str, home: Path, *command) -> subprocess.CompletedProcess:
-    """A stage as a user types it, with another hub and with nothing of it in a cache; within 30 seconds."""
-    environment = {"HF_ENDPOINT": url, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(home)}
-    command, began = [sys.executable, *map(str, command)], time.time()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert time.time() - began < 30
-    return done
+def run_with_hubs(urls, home: Path, *command) -> list[subprocess.CompletedProcess]:
+    """A stage as a user types it, with other hubs, all at once, and with nothing of them in a cache; each within 30
+    seconds."""
+    environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(home)}
+    command = [sys.executable, *map(str, command)]
+
+    def run(url):
+        hub = {**environment, "HF_ENDPOINT": url}
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=hub, timeout=30)
+
+    with ThreadPoolExecutor() as pool:  # most of it is waiting
+        return list(pool.map(run, urls))
 
 
 def run_here(stage, *args):

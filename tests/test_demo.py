@@ -25,7 +25,7 @@ PYTHON = """#!/bin/bash
 run=$(sed 's/.*--run \\([^ ]*\\).*/\\1/' <<< "$*")
 stage=$(basename $run)
 echo "begin $stage $OMP_NUM_THREADS" >> "$LOG"
-sleep 0.2
+sleep 0.05
 [ "$stage" != "$FAILS" ] || { echo "error: $stage has changed" >&2; exit 1; }
 mkdir -p $run
 echo "$*" > $run/summary.txt

@@ -79,7 +79,7 @@ class Quiet(BaseHTTPRequestHandler):
 @contextmanager
 def serving(bad, good=chat_answer, prompt_of=last_turn, model="m"):
     """A server with a name, and a Counter `asked` of prompts. Request k = 1, 2, … for the bad prompt is answered by
-    `bad(http, k)`, the others as they should be, but not before the bad one (unless that takes half a second)."""
+    `bad(http, k)`, the others as they should be, but not before the bad one (unless that takes a fifth of a second)."""
 
     class Handler(Quiet):
         def do_POST(self):
@@ -94,7 +94,7 @@ def serving(bad, good=chat_answer, prompt_of=last_turn, model="m"):
                 server.bad(self, server.asked[prompt])
                 server.answered.set()
             else:
-                server.answered.wait(0.5)
+                server.answered.wait(0.2)
                 always(good(request))(self, 1)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -129,7 +129,7 @@ HOPELESS = {  # what every request for one row gets, requests until that is that
     "no text": (always({"choices": [{"finish_reason": "stop", "message": {"content": [1]}}] * 2}), 3, "[1]", {}),
     "another JSON": (always([1, 2]), 3, "[1, 2]", {}),
     "half the body": (always(HALF, missing=9), 2, "APIConnectionError: Connection error", {"max_retries": 1}),
-    "silence": (lambda *_: time.sleep(3), 2, "APITimeoutError: Request timed out", {"max_retries": 1, "timeout": 2}),
+    "silence": (lambda *_: time.sleep(2), 2, "APITimeoutError: Request timed out", {"max_retries": 1, "timeout": 1.5}),
 }
 
 
@@ -163,8 +163,9 @@ PASSING = {  # what the first requests for one row get
 
 
 @pytest.mark.parametrize("what", PASSING)
-def test_a_passing_trouble_costs_no_row(what, tmp_path):
+def test_a_passing_trouble_costs_no_row(what, tmp_path, monkeypatch):
     count, trouble = PASSING[what]
+    monkeypatch.setattr("engines.server.time", SimpleNamespace(sleep=lambda seconds: None))
     with serving(lambda http, k: (trouble if k <= count else always(completion(2)))(http, k)) as server:
         good, bad, _ = ask(server.name, tmp_path / "out.jsonl")
     assert server.asked == {"good prompt": 1, "bad prompt": count + 1, "fine prompt": 1}

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, load, refused, run_with_hub
+from conftest import ROOT, load, refused, run_with_hubs
 
 import engines
 import judges
@@ -268,9 +268,9 @@ def test_a_hub_out_of_reach_is_one_line_in_seconds(tmp_path):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen(8)
-        for url in ("http://nowhere.invalid", f"http://127.0.0.1:{silent.getsockname()[1]}"):
-            options = ["--model", "Qwen/Qwen3-0.6B", "--run", tmp_path / "run"]
-            done = run_with_hub(url, tmp_path, "01_generate.py", *options)  # 2 and 8 seconds on an idle machine
+        urls = "http://nowhere.invalid", f"http://127.0.0.1:{silent.getsockname()[1]}"
+        options = ["--model", "Qwen/Qwen3-0.6B", "--run", tmp_path / "run"]
+        for done in run_with_hubs(urls, tmp_path, "01_generate.py", *options):  # 2 and 8 seconds on an idle machine
             assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
             assert done.stderr.startswith("error: no model 'Qwen/Qwen3-0.6B'") and "out of reach" in done.stderr
     assert not (tmp_path / "run").exists()

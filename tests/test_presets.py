@@ -16,7 +16,7 @@ import pytest
 import started
 import torch
 from chat_templates import FAMILIES
-from conftest import ROOT, load, refused, rows, run_here, run_with_hub
+from conftest import ROOT, load, refused, rows, run_here, run_with_hubs
 from huggingface_hub.errors import RepositoryNotFoundError
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Tokenizer, Qwen3Config
@@ -503,9 +503,9 @@ def test_a_dry_run_without_an_answer_takes_seconds(world):
         silent.listen(8)
         Thread(target=down.serve_forever, daemon=True).start()
         ports = (silent.getsockname()[1], down.server_port)
-        for url in ("http://nowhere.invalid", *(f"http://127.0.0.1:{port}" for port in ports)):
-            command = ["04_grpo.py", *by_the_preset(world, "r1-7b", "04", "--dry_run")]
-            done = run_with_hub(url, world, *command)  # 4, 7 and 4 seconds on an idle machine
+        urls = "http://nowhere.invalid", *(f"http://127.0.0.1:{port}" for port in ports)
+        command = ["04_grpo.py", *by_the_preset(world, "r1-7b", "04", "--dry_run")]
+        for done in run_with_hubs(urls, world, *command):  # 4, 7 and 4 seconds on an idle machine
             assert done.returncode == 0 and done.stderr == "" and "the hub is out of reach" in done.stdout
         down.shutdown()
 
