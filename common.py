@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import plumbing
-from plumbing import CLOSE, OPEN, THINKING, encode_plain, fail
+from plumbing import CLOSE, MARKED, OPEN, THINKING, encode_plain, fail
 
 
 # Options that stages share ------------------------------------------------------------------------
@@ -106,14 +106,14 @@ def render_chat(tokenizer, messages: list[dict], generate: bool = True, **templa
         marked.append({**turn, "content": place})
         texts.append(text)
     rendered = plumbing.apply_template(tokenizer, marked, generate, **template_options)
-    ids, mark = [], f"{OPEN}\\d+{CLOSE}"
-    for piece in re.split(f"((?:<think>\\s*{THINKING}\\s*</think>\\s*)?{mark})", rendered):
+    whole, plain = "", []  # the text, and where contents stand in it
+    for piece in MARKED.split(rendered):
         if piece.endswith(CLOSE):
             i = int(piece[piece.index(OPEN) + 1 : -1])
-            whole = messages[i]["content"].strip()  # where the template keeps the thinking
-            ids += encode_plain(tokenizer, texts[i] if piece.startswith(OPEN) else whole)
-        elif piece:
-            ids += tokenizer.encode(piece, add_special_tokens=False)
+            piece = texts[i] if piece.startswith(OPEN) else messages[i]["content"].strip()
+            plain.append((len(whole), len(whole) + len(piece)))
+        whole += piece
+    ids = encode_plain(tokenizer, whole, plain)
     return ids, rendered.rfind("<think>") > rendered.rfind("</think>")
 
 

@@ -45,7 +45,7 @@ from plumbing.runs import gather, load_state, open_run, save_state, show_plan
 from plumbing.runs import state_saved_if_it_ends, summary
 from plumbing.statistics import Measure, bootstrap, f1_of, wilson
 from plumbing.summaries import next_command, summarise_01, summarise_02, summarise_03
-from plumbing.tokens import CLOSE, OPEN, THINKING, apply_template, begun_ids, encode_plain
+from plumbing.tokens import CLOSE, MARKED, OPEN, THINKING, apply_template, begun_ids, encode_plain
 from plumbing.tokens import end_token
 from plumbing.transcripts import write_transcripts
 

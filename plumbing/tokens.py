@@ -9,22 +9,29 @@ from plumbing.process import fail
 
 # Characters of no language, which stand for texts while a template is rendered around them
 OPEN, CLOSE, THINKING = "\ue000", "\ue001", "\ue002"
+# The mark of a text, with a thinking before it where the template keeps that
+MARKED = re.compile(f"((?:<think>\\s*{THINKING}\\s*</think>\\s*)?{OPEN}\\d+{CLOSE})")
 
 
 @cache
 def added_tokens(tokenizer, size: int) -> re.Pattern:
-    """Where in a text one of the tokenizer's added tokens begins, `size` tokens in all; those of
-    blanks, as Gemma has, are plain text."""
+    """Where in a text one of the tokenizer's added tokens stands (group 1), `size` tokens in all;
+    those of blanks, as Gemma has, are plain text."""
     tokens = [re.escape(token) for token in tokenizer.get_added_vocab() if token.strip()]
-    return re.compile(f"(?={'|'.join(tokens) or '(?!)'})")
+    return re.compile(f"(?=({'|'.join(tokens) or '(?!)'}))")
 
 
-def encode_plain(tokenizer, text: str) -> list[int]:
-    """Ids of `text` with nothing in it read as a special token, whatever it contains (trap 7).
+def encode_plain(tokenizer, text: str, plain: list[tuple[int, int]] | None = None) -> list[int]:
+    """Ids of `text` with nothing in it read as a special token, whatever it contains (trap 7); if
+    told, nothing in those stretches (start, end) of it, which are somebody's texts in a template.
 
     A user's prompt or a judged answer may hold `<|im_end|>` or `</think>`. Each such string is cut
-    after its first character, so that the tokenizer meets two harmless halves."""
-    cuts = [match.start() + 1 for match in added_tokens(tokenizer, len(tokenizer)).finditer(text)]
+    after its first character, so that the tokenizer meets two harmless halves. All else is read in
+    one piece: SentencePiece puts a blank before whatever begins."""
+    plain, cuts = [(0, len(text))] if plain is None else plain, []
+    for match in added_tokens(tokenizer, len(tokenizer)).finditer(text):
+        if any(match.start(1) < end and match.end(1) > start for start, end in plain):
+            cuts.append(match.start(1) + 1)
     ids: list[int] = []
     for start, end in zip([0, *cuts], [*cuts, len(text)]):
         if start < end:

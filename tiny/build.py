@@ -62,7 +62,9 @@ MODELS = {  # seed, layers, width, optimizer steps, chat template
 
 def make_tokenizer(template: str) -> PreTrainedTokenizerFast:
     """One token per word, with and without the space before it, so that decoding gives the text back exactly."""
-    words = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+| ?\d+|\s|[^\sA-Za-z\d]"), "isolated")
+    # a blank after a role is a token by itself: a guard's texts begin with the words of a prompt
+    pattern = r"(?<=USER:|ASSISTANT:) | ?[A-Za-z]+| ?\d+|\s|[^\sA-Za-z\d]"
+    words = pre_tokenizers.Split(Regex(pattern), "isolated")
     forms = dict.fromkeys(
         ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<unk>", "\n", " "]
     )
