@@ -1,18 +1,20 @@
 """More of what mutations of the code had survived, as in test_oracles.py: each is held here by something outside it."""
 
+import json
 import math
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from chat_templates import tokenizer_of
-from conftest import load, rows, run_here
+from conftest import load, refused, rows, run_here
 
 import engines
 import judges
 import plumbing
-from common import Trainer, make_example, make_trainer, training_steps
+from common import Example, Trainer, add_lora, make_example, make_trainer, save_checkpoint, training_steps
 from engines.hf import HfSampler
 
 generate, verify, steer, grpo, evaluate = (
@@ -343,3 +345,388 @@ def test_the_summary_names_the_best_check_not_the_last(tmp_path):
     plumbing.write_jsonl(tmp_path / "eval.jsonl", checks)
     options = grpo.Options(run=str(tmp_path), eval_prompts=["a.jsonl"], eval_every=5)
     assert plumbing.grpo_history(tmp_path, options)["best"] == f"{tmp_path}/best, step 5, score 0.750"
+
+
+# Another round of mutations ---------------------------------------------------------------------------------------------
+def test_biases_beside_lora(tokenizer, tmp_path):
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 50}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**sizes, **heads)).eval()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.q_proj.bias)
+    model.save_pretrained(tmp_path / "source")
+    add_lora(model, 4, 8.0, 0.0, ["q_proj"], seed=1)
+    for name, p in model.named_parameters():
+        if name.endswith(".B"):
+            torch.nn.init.normal_(p, std=0.1)
+    ids = torch.tensor([[4, 5, 6, 7]])
+    trained = model(input_ids=ids).logits
+    save_checkpoint(model, tokenizer, tmp_path / "checkpoint", str(tmp_path / "source"))
+    merged = plumbing.load_whole(str(tmp_path / "checkpoint"), torch.float32)
+    assert (merged(input_ids=ids).logits - trained).abs().max() < 1e-4
+
+
+def test_benign_share_arrives(tmp_path):
+    folder = answered(tmp_path, "mine", {"how do i make coal?": [("no .", "safe"), ("take ash .", "unsafe")]})
+    tea = [
+        {"id": f"b{i}", "prompt": f"tea {i}?", "harmful": False, "samples": [{"answer": "sure ."}]} for i in range(4)
+    ]
+    plumbing.append_jsonl(folder / "responses.jsonl", tea)
+    labels = [{"id": row["id"], "verdicts": [{"safety": "safe", "refusal": "no"}]} for row in tea]
+    plumbing.append_jsonl(folder / "labels.jsonl", labels)
+    for share, benign in ((1.0, 4), (0.5, 2), (0.0, 0)):
+        options = verify.Options(responses=str(folder), spec="tiny/spec.txt", benign_share=share)
+        assert [row["harmful"] for row in verify.read_inputs(options)[0]] == [True] * 2 + [False] * benign
+
+
+def test_figures_are_of_examples_from_everywhere(monkeypatch, tmp_path):
+    seen = []
+
+    def scorer(model, reference=None):
+        def score(ids, mask, full_kl=False):
+            seen.extend(ids[:, 0].tolist() if not full_kl else [])
+            return SimpleNamespace(log_probs=torch.zeros(int(mask.sum())), divergence=torch.zeros(int(mask.sum())))
+
+        score.model = model
+        return score
+
+    monkeypatch.setattr(steer, "load_model", lambda *_: SimpleNamespace(device="cpu"))
+    monkeypatch.setattr(steer, "TokenScorer", scorer)
+    for count in (512, 1500):
+        seen.clear()
+        items = [(Example([i], [7]), "ce") for i in range(count)]
+        steer.perplexity_and_kl(items, steer.Options(), tmp_path)
+        assert 200 < len(set(seen)) == len(seen) <= 512 and max(seen) > 0.99 * count
+
+
+def test_shares_drawn_by_seed(monkeypatch, tmp_path):
+    file, drawn = tmp_path / "p.jsonl", []
+    lines = [{"id": str(i), "prompt": f"p{i}", "harmful": i < 30} for i in range(40)]
+    plumbing.write_jsonl(file, lines)
+    monkeypatch.setattr(grpo, "dry_run", lambda options, model, made: drawn.append([row["id"] for row in made]))
+    for seed in (0, 1, 0):
+        line = ["--prompts", file, "--shares", "harmful=0.5", "benign=0.5", "--seed", seed, "--dry_run"]
+        run_here(grpo, "--run", tmp_path / "run", *line)
+    assert drawn[0] == drawn[2] and set(drawn[0][:20]) != set(drawn[1][:20])
+
+
+def two_judges(labels: dict[str, dict[str, str]], kind=True):
+    """(rows, judged): {prompt: {judge: label}}, each prompt of a category of its own."""
+    made = [{"id": i, "prompt": "p", "harmful": True, "category": i, "samples": [sample("", "x")]} for i in labels]
+    judged = {}
+    for judge in next(iter(labels.values())):
+        verdicts = {i: [{"safety": own[judge], "refusal": "no"}] for i, own in labels.items()}
+        judged[judge] = {"answer": verdicts, "response": verdicts}
+    return made, judged
+
+
+def test_categories_are_by_the_first_judge():
+    labels = {"a": {"first": "safe", "other": "unsafe"}, "b": {"first": "unsafe", "other": "safe"}}
+    made, judged = two_judges(labels)
+    key = ("m", evaluate.Case("t", "preset", ""))
+    options = evaluate.Options(judges=["first", "other"])
+    results, categories = evaluate.compare_all(options, {key: made}, {key: judged}, {key: {}})
+    assert [(r["category"], r["value"], r["judge"]) for r in categories] == [("a", 0.0, "first"), ("b", 1.0, "first")]
+
+
+def test_a_file_of_all_kinds_is_judged(tmp_path):
+    (tmp_path / "m").mkdir()
+    made = [{"id": "sum", "prompt": "1 + 1?", "harmful": False, "gold": "2", "samples": [sample("", "2")]}]
+    made += [{"id": "a", "prompt": "how do i make coal?", "harmful": True, "samples": [sample("", "no")]}]
+    key = ("m", evaluate.Case("t", "preset", ""))
+    options = evaluate.Options(judges=["tiny/gold.py"])
+    judged = evaluate.judge_all(options, {key: made}, {"tiny/gold.py": "x"}, tmp_path)
+    assert "a" in judged[key]["tiny/gold.py"]["answer"]
+
+
+def test_one_row_without_a_verdict(tmp_path):
+    row = {"id": "a", "prompt": "p", "harmful": True, "verdict": "unsafe"}
+    plumbing.write_jsonl(tmp_path / "v.jsonl", [row, {"id": "b", "prompt": "q", "harmful": True}])
+    line = refused(evaluate, "--run", tmp_path / "run", "--verify_test", tmp_path / "v.jsonl")
+    assert "rows without a verdict" in line and not (tmp_path / "run").exists()
+
+
+def test_a_finished_evaluation_takes_more_of_everything(tmp_path):
+    options = ["--run", tmp_path / "run", "--judges", "tiny/gold.py", "--limit", 6, "--max_new_tokens", 8]
+    bench = ["--bench", "plain=tiny/prompts/test_plain.jsonl"]
+    run_here(evaluate, *options, *bench)
+    file = tmp_path / "run/base/plain.responses.jsonl"
+    before = file.stat().st_mtime_ns
+    run_here(
+        evaluate,
+        *options,
+        *bench,
+        "sums=tiny/prompts/test_sums.jsonl",
+        "--decoding",
+        "preset",
+        "greedy",
+        "--prefill",
+        "no=no",
+    )
+    made = {path.name for path in (tmp_path / "run/base").glob("*.responses.jsonl")}
+    assert {f"{name}.responses.jsonl" for name in ("plain", "sums", "plain.greedy", "plain.no", "sums.greedy")} <= made
+    assert file.stat().st_mtime_ns == before
+
+
+def test_after_an_error_nothing_more_is_asked(tmp_path):
+    pytest.importorskip("openai")
+    import time
+    from engines.server import Endpoint
+
+    client, asked = Endpoint("m@http://127.0.0.1:9/v1"), []
+    client.at_once = 2
+
+    def create(number):
+        asked.append(number)
+        time.sleep(0.01)
+        if number < 2:
+            raise RuntimeError("no such key")
+        return SimpleNamespace(text="{}")
+
+    with pytest.raises(SystemExit, match="no such key"):
+        list(client.answers(create, [{"number": i} for i in range(200)], lambda _: "x", "x"))
+    assert len(asked) < 20
+
+
+def test_a_tenth_is_no_warning():
+    cut, whole = {"finish": "length", "state": "closed"}, {"finish": "stop", "state": "closed"}
+    assert plumbing.cut_line([cut] + [whole] * 9, 64) == "10.0% of the responses"
+    assert (
+        plumbing.cut_line([cut] * 2 + [whole] * 9, 64)
+        == "WARNING: 18.2% of the responses; raise --max_new_tokens (now 64)"
+    )
+
+
+def test_many_rows_are_all_judged(tmp_path):
+    (tmp_path / "rule.py").write_text("def judge(prompt, answer):\n    return f'Safety: {answer}\\nRefusal: No'\n")
+    words = {i: random.Random(i).choice(["Safe", "Unsafe"]) for i in range(600)}
+    made = [{"id": str(i), "prompt": "p", "samples": [sample("", word)]} for i, word in words.items()]
+    judge = judges.Judge(str(tmp_path / "rule.py"), generate.Options())
+    found = judges.judge_samples(judge, made, tmp_path / "labels.jsonl", lambda s: s["answer"])
+    assert {int(i): [v["safety"] for v in own] for i, own in found.items()} == {
+        i: [w.lower()] for i, w in words.items()
+    }
+    assert len(rows(tmp_path / "labels.jsonl")) == 600
+
+
+def test_first_and_last_tenth(tmp_path):
+    step = {f"reward_{kind}": None for kind in plumbing.KINDS} | {"unparsed": 0.0, "truncated": 0.0}
+    rewards = [0.0, 0.5, *[9.0] * 16, 0.5, 1.0]
+    plumbing.write_jsonl(tmp_path / "metrics.jsonl", [{**step, "reward": reward} for reward in rewards])
+    assert plumbing.grpo_history(tmp_path, grpo.Options(run=str(tmp_path)))["reward"] == "0.250 -> 0.750"
+
+
+def test_results_name_the_guard_that_a_checkpoint_was_trained_with(tmp_path):
+    import shutil
+
+    for name, options in (("04", {"guard": "some/guard"}), ("02", {"expert": "e"})):
+        shutil.copytree("tiny/lrm", tmp_path / name / "checkpoint")
+        (tmp_path / name / "options.json").write_text(json.dumps({"options": options}))
+    models = ["base=tiny/lrm", *(f"m{name}={tmp_path}/{name}/checkpoint" for name in ("02", "04"))]
+    line = ["--bench", "plain=tiny/prompts/test_plain.jsonl", "--limit", 2, "--max_new_tokens", 4]
+    run_here(evaluate, "--run", tmp_path / "05", *line, "--judges", "tiny/gold.py", "--models", *models)
+    recipe = json.loads((tmp_path / "05/results.json").read_text())["recipe"]
+    assert recipe["guards in training"] == ["some/guard"]
+    assert [recipe["models"][m]["made by"] for m in ("base", "m02", "m04")] == [
+        None,
+        {"expert": "e"},
+        {"guard": "some/guard"},
+    ]
+    assert "Judges: tiny/gold.py; guard in training: some/guard." in (tmp_path / "05/results.md").read_text()
+
+
+def test_the_summary_of_01_counts_mixed_prompts(tmp_path):
+    labels = {"h0": "su", "h1": "ss", "h2": "uu?", "h3": "s?", "h4": "?", "b0": "ss", "b1": "su"}
+    names = {"s": "safe", "u": "unsafe", "?": "unparsed"}
+    made, verdicts = [], {}
+    for name, signs in labels.items():
+        one = {**sample("t", "a"), "tokens": 3}
+        made.append({"id": name, "prompt": "p", "harmful": name[0] == "h", "samples": [one] * len(signs)})
+        verdicts[name] = [{"safety": names[sign], "refusal": "no"} for sign in signs]
+    plumbing.summarise_01(tmp_path, generate.Options(run=str(tmp_path)), made, verdicts)
+    text = (tmp_path / "summary.txt").read_text()
+    print(text)
+    assert "2 always safe, 1 always unsafe, 1 mixed, 1 other" in text and "1 always safe, 1 mixed\n" in text
+
+
+def test_another_gold_answer_is_refused(tmp_path):
+    file = tmp_path / "sums.jsonl"
+    line = ["--run", tmp_path / "run", "--bench", f"sums={file}", "--judges", "tiny/gold.py", "--max_new_tokens", 4]
+    file.write_text('{"id": "a", "prompt": "what is 1 + 2?", "gold": "3"}\n')
+    run_here(evaluate, *line)
+    file.write_text('{"id": "a", "prompt": "what is 1 + 2?", "gold": "4"}\n')
+    assert "benchmark sums" in refused(evaluate, *line)
+
+
+def test_targets_are_pefts():
+    peft_utils = pytest.importorskip("peft.tuners.tuners_utils")
+    from peft import LoraConfig
+    from plumbing.adapters import is_target
+
+    for targets in (["v_proj"], ["self_attn.v_proj"], ["up_proj", "o_proj"], r".*\.v_proj", "v_proj"):
+        for name in (
+            "self_attn.v_proj",
+            "self_attn.qkv_proj",
+            "mlp.up_proj",
+            "mlp.gate_up_proj",
+            "cross_self_attn.v_proj",
+        ):
+            path = f"model.layers.0.{name}"
+            theirs = bool(peft_utils.check_target_module_exists(LoraConfig(target_modules=targets), path))
+            assert is_target({"target_modules": targets}, path) == theirs, (targets, path)
+
+
+@pytest.mark.parametrize("stage, option", [(steer, "warmup"), (verify, "warmup"), (verify, "benign_share")])
+def test_a_share_is_at_most_one(stage, option, tmp_path):
+    line = refused(stage, "--run", tmp_path / "run", f"--{option}", 5)
+    assert f"--{option} 5.0: it must be at most 1" in line
+
+
+def test_a_finished_grpo_run_asked_again_keeps_its_log(tmp_path):
+    line = [
+        "--run",
+        tmp_path / "run",
+        "--limit",
+        4,
+        "--steps",
+        2,
+        "--batch_size",
+        2,
+        "--group_size",
+        2,
+        "--guard",
+        "tiny/gold.py",
+    ]
+    run_here(grpo, *line, "--max_new_tokens", 40)
+    files = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    run_here(grpo, *line, "--max_new_tokens", 40)
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == files
+
+
+def test_the_page_shows_the_newest_self_check(tmp_path):
+    import os
+    from plumbing.transcripts import checks_of
+
+    for age, (tag, says) in enumerate((("bbbbbb", "yes"), ("aaaaaa", "no"), ("cccccc", "no"))):
+        file = tmp_path / f"plain.judge-{tag}.thinking.jsonl"
+        plumbing.write_jsonl(file, [{"id": "a", "verdicts": [{"self_check": says}]}])
+        os.utime(file, (1e9 - age, 1e9 - age))
+    assert checks_of(f"{tmp_path}/plain.", "self_check:tiny/judge") == {"a": [{"self_check": "yes"}]}
+
+
+def test_the_switch_of_the_thinking_is_the_experts_too(tmp_path, monkeypatch):
+    folder = answered(tmp_path, "mine", {"how do i make coal?": [("no .", "safe"), ("take ash .", "unsafe")]})
+    monkeypatch.setattr(engines, "open_sampler", lambda *_, **__: None)
+    calls = caught(monkeypatch, engines, "answer_prompts")
+    for target in ("full", "answer"):
+        for thinks in (True, False):
+            with pytest.raises(Enough):
+                run_here(
+                    verify,
+                    "--run",
+                    tmp_path / f"{target}{thinks}",
+                    "--responses",
+                    folder,
+                    "--target",
+                    target,
+                    "--enable_thinking",
+                    thinks,
+                )
+            assert calls.pop()[1] == {"enable_thinking": target == "answer" and thinks}
+
+
+def test_the_seed_of_an_endpoint_is_a_small_number_of_seed_and_row(monkeypatch):
+    pytest.importorskip("openai")
+    from engines.server import Endpoint
+
+    client, asked = Endpoint("m@http://127.0.0.1:9/v1"), []
+    monkeypatch.setattr(client, "answers", lambda create, requests, *_: asked.extend(requests) or iter(()))
+    chats = [(str(i), [{"role": "user", "content": "p"}]) for i in range(300)]
+    for seed in (0, 1):
+        list(client.replies(chats, 1, engines.Sampling(9, 0.6, 0.9, 0, seed)))
+    seeds = [request["seed"] for request in asked]
+    assert len(set(seeds)) == 600 and 0 <= min(seeds) and max(seeds) < 2**31
+
+
+def test_lora_starts_by_the_seed():
+    starts = []
+    for seed in (0, 1, 0):
+        trainer = make_trainer(Accelerator(), verify.Options(seed=seed))
+        starts.append(trainer.model.model.layers[0].self_attn.q_proj.A.detach())
+    assert torch.equal(starts[0], starts[2]) and not torch.equal(starts[0], starts[1])
+
+
+@pytest.mark.parametrize("stage", [verify, steer])
+def test_the_dropout_of_lora_arrives(stage, tmp_path, monkeypatch):
+    made, honest = [], stage.make_trainer
+    monkeypatch.setattr(stage, "make_trainer", lambda *args, **more: made.append(honest(*args, **more)) or made[0])
+    monkeypatch.setattr(stage, "epochs_of", lambda *_: [])
+    monkeypatch.setattr(stage, "save_checkpoint", lambda *_: None)
+    stage.train(stage.Options(lora_dropout=0.25), tmp_path, [], None)
+    layer = made[0].model.model.layers[0].self_attn.q_proj
+    assert layer.dropout.p == 0.25 and layer.dropout.training
+
+
+def test_many_cut_responses_are_said_by_04(tmp_path):
+    step = {"reward": 0.5, **{f"reward_{kind}": None for kind in plumbing.KINDS}, "unparsed": 0.0}
+    options = grpo.Options(run=str(tmp_path), max_new_tokens=40)
+    for shares, said in (
+        ((0.0, 0.2), None),
+        ((0.0, 0.5), "WARNING: 25.0% of the responses; raise --max_new_tokens (now 40)"),
+    ):
+        plumbing.write_jsonl(tmp_path / "metrics.jsonl", [{**step, "truncated": share} for share in shares])
+        assert plumbing.grpo_history(tmp_path, options).get("cut") == said
+
+
+def test_what_was_answered_before_stays_known(tmp_path):
+    line = ["--run", tmp_path / "run", "--judges", "tiny/gold.py", "--max_new_tokens", 4]
+    files = {}
+    for name in "ab":
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text(f'{{"id": "{name}", "prompt": "what is 1 + 2?", "gold": "3"}}\n')
+        run_here(evaluate, *line, "--bench", f"{name}={files[name]}")
+    files["a"].write_text('{"id": "a", "prompt": "what is 2 + 2?", "gold": "4"}\n')
+    assert "benchmark a" in refused(evaluate, *line, "--bench", f"a={files['a']}")
+
+
+def test_a_limit_draws_from_the_whole_file(tmp_path):
+    plumbing.write_jsonl(
+        tmp_path / "p.jsonl", [{"id": str(i), "prompt": f"p{i}", "harmful": i < 500} for i in range(1000)]
+    )
+    drawn = plumbing.load_prompts([str(tmp_path / "p.jsonl")], 100)
+    assert len(drawn) == 100 and drawn == plumbing.load_prompts([str(tmp_path / "p.jsonl")], 100)
+    assert 25 < sum(row["harmful"] for row in drawn) < 75
+    assert plumbing.load_prompts([str(tmp_path / "p.jsonl")], 1000) == plumbing.load_prompts(
+        [str(tmp_path / "p.jsonl")]
+    )
+
+
+def test_what_an_endpoint_is_asked(monkeypatch):
+    pytest.importorskip("openai")
+    from engines.server import Endpoint
+
+    client, asked = Endpoint("m@http://127.0.0.1:9/v1"), []
+    monkeypatch.setattr(client, "answers", lambda create, requests, *_: asked.extend(requests) or iter(()))
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "p"}]
+    list(client.replies([("a", chat)], 3, engines.Sampling(9, 0.6, 0.9, 0, 5)))
+    [request] = asked
+    assert isinstance(request.pop("seed"), int)
+    assert request == {
+        "model": "m",
+        "n": 3,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "max_completion_tokens": 9,
+        "messages": chat,
+    }
+
+
+def test_options_may_be_spelled_with_dashes(monkeypatch):
+    import sys
+
+    for name in ("--max_new_tokens", "--max-new-tokens"):
+        monkeypatch.setattr(sys, "argv", ["01_generate.py", name, "7"])
+        assert plumbing.parse_options(generate.Options, generate.__doc__).max_new_tokens == 7
