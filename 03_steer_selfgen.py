@@ -265,7 +265,7 @@ def main():
     options = plumbing.parse_options(Options, __doc__)
     rows = plumbing.load_with_boundary(options.prompts, options.boundary, options.limit)
     plumbing.require_texts(STEERING, options.steering)
-    plumbing.require_model(options.model)
+    plumbing.require_trained(options)
     plumbing.require_model(options.generator or options.model, served=True)
     judges.require_guard(options, refusals=not options.faithful)
     if options.dry_run:

@@ -199,7 +199,7 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     tensor([[ 0.7070, -0.7070],
             [ 0.0000,  0.0000]])
     """
-    mean = rewards.nanmean(1, keepdim=True)  # (P, 1)
+    mean = rewards.double().nanmean(1, keepdim=True).float()  # (P, 1); of equal ones exactly it
     count = (~rewards.isnan()).sum(1, keepdim=True)
     variance = (rewards - mean).square().nansum(1, keepdim=True) / (count - 1).clamp(min=1)
     return (rewards - mean) / (variance.sqrt() + 1e-4)
@@ -363,15 +363,15 @@ def check_at(step: int, sampler, judge, tests, trainer: Trainer, options: Option
 
 
 def main():
-    options = plumbing.parse_options(Options, __doc__, bounds={"lora_rank": (0, math.inf)})
+    bounds = {"lora_rank": (0, math.inf), "group_size": (2, math.inf)}  # one has no spread
+    bounds["temperature"] = (0.01, math.inf)  # nor have greedy samples
+    options = plumbing.parse_options(Options, __doc__, bounds=bounds)
     prompts = plumbing.load_prompts(options.prompts, options.limit)
     if options.shares:
         prompts = plumbing.mixture(prompts, options.shares, options.seed)
-    if options.group_size < 2:
-        fail("--group_size 1: a group of one has no spread to learn from; at least 2")
     tests = plumbing.load_held_out(options.eval_prompts, options.eval_every)
     plumbing.require_trackers(options.trackers)
-    plumbing.require_model(options.model)
+    plumbing.require_trained(options)
     judges.require_guard(options, refusals=options.reward == "sinternal")
     judges.require_judge(options.eval_judge or options.guard)
     if options.dry_run:

@@ -85,11 +85,10 @@ def render_chat(tokenizer, messages: list[dict], generate: bool = True, **templa
     """(ids, opened): the chat template's ids for `messages`, contents as plain text, and whether it
     opens `<think>`.
 
-    The template is rendered around place marks and only its own text may become special tokens; ids
-    go to models and guards as they are: no second tokenizer pass adds a BOS (trap 5). Blanks around
-    a content, and the thinking of earlier turns, are the template's to keep or drop. `opened` is
-    read off the rendered text (R1 templates end in `<think>\\n`), never decided by the model's name
-    (trap 3). A last turn of the assistant's begins the response."""
+    The template is rendered around place marks and only its own text may become special tokens; no
+    second tokenizer pass adds a BOS (trap 5). Blanks around a content, and earlier thinkings, are
+    the template's to keep. `opened` is read off the rendered text (R1 templates end in
+    `<think>\\n`), not off the name (trap 3). An assistant's last turn begins the response."""
     if generate and messages[-1]["role"] == "assistant":
         ids, opened = render_chat(tokenizer, messages[:-1], **template_options)
         return ids + plumbing.begun_ids(tokenizer, messages, opened), opened
@@ -258,8 +257,7 @@ def save_checkpoint(model, tokenizer, folder: Path, source: str):
         entries += merged.numel()
         if layer.base.bias is not None:
             state[f"{name}.bias"] = state.pop(f"{name}.base.bias")
-    state = {name: tensor.to(dtype) for name, tensor in state.items()}
-    model.save_pretrained(temporary, state_dict=state)
+    plumbing.save_weights(model, state, dtype, temporary)
     tokenizer.save_pretrained(temporary)
     if entries:
         plumbing.write_jsonl(temporary / "lora.json", [{"changed": changed / entries}])
@@ -383,13 +381,14 @@ class TokenScorer(nn.Module):
                     entropies = -log_p.exp().mul_(log_p).sum(-1)  # in place: one (chunk, V) less
             return log_probs, entropies, divergence
 
-        chunk = chunk or (2**28 if ids.is_cuda else 10_000_000) // self.model.config.vocab_size
+        vocabulary = self.model.config.get_text_config().vocab_size
+        chunk = chunk or (2**28 if ids.is_cuda else 10_000_000) // vocabulary
         hidden, labels = hidden_states(self.model), ids[:, 1:][mask[:, 1:]]
         reference = [None] * (1 + len(labels) // chunk)
         if full_kl:
             with torch.no_grad(), lora_off(self.model):
                 reference = hidden_states(self.reference or self.model).split(chunk)
-        again = len(labels) * self.model.config.vocab_size > self.kept_logits
+        again = len(labels) * vocabulary > self.kept_logits
         parts = []
         for part in zip(hidden.split(chunk), labels.split(chunk), reference):
             parts.append(checkpoint(head, *part, use_reentrant=False) if again else head(*part))
@@ -419,6 +418,7 @@ class Trainer(NamedTuple):
 def make_trainer(accelerator, options, lora_dropout: float = 0.0) -> Trainer:
     """The model, with LoRA if the options have a rank, and AdamW on what is trained, in float32."""
     model = load_model(options.model, options.dtype if options.lora_rank else torch.float32)
+    accelerator.gradient_accumulation_steps = 1  # micro-batches are ours, whatever a launcher says
     if options.lora_rank:
         lora = (options.lora_rank, options.lora_alpha, lora_dropout, options.lora_targets)
         add_lora(model, *lora, options.seed)

@@ -76,8 +76,7 @@ def answer_prompts(
         tokens, began = 0, time.time()
         with plumbing.bar_over(len(todo) * n, len(rows) * n, "response") as bar:
             for index, replies in sampler.replies(chats, n, sampling, **template):
-                start = todo[index].get("start", "")
-                samples = [sample_row(reply, start) for reply in replies]
+                samples = [sample_row(reply) for reply in replies]
                 tokens += sum(reply.tokens for reply in replies)
                 prompt_tokens = replies[0].prompt_tokens
                 yield [{**todo[index], "prompt_tokens": prompt_tokens, "samples": samples}]
@@ -104,9 +103,9 @@ def show_once(tokenizer, messages: list[dict], **template):
             show_prompt(tokenizer, messages, **template)
 
 
-def sample_row(reply: Reply, start: str = "") -> dict:
-    """What a row keeps of a response. One that somebody had begun with `start` is kept, and judged,
-    as the user would see it; "own_thinking" is what the model itself added to the thinking."""
+def sample_row(reply: Reply) -> dict:
+    """What a row keeps of a response. One that somebody had begun is kept, and judged, as the user
+    would see it; "own_thinking" is what the model itself added to the thinking."""
     thinking, answer, state = split_response(reply.text, reply.opened)
     sample = {
         "thinking": thinking,
@@ -115,7 +114,7 @@ def sample_row(reply: Reply, start: str = "") -> dict:
         "finish": reply.finish,
         "tokens": reply.tokens,
     }
-    if start:
-        begun_thinking, _, _ = split_response(start, reply.opened)
+    if reply.begun:
+        begun_thinking, _, _ = split_response(reply.begun, reply.opened)
         sample["own_thinking"] = thinking.removeprefix(begun_thinking).strip()
     return sample

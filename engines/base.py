@@ -34,6 +34,7 @@ class Reply(NamedTuple):
     tokens: int
     finish: str  # "stop" or "length"
     sample: Sample | None  # its ids and log-probs, where the engine tells them
+    begun: str = ""  # what had begun it, as the tokenizer reads it
 
 
 # Decodings of stage 05 by name, beside that of the options: a careful one flatters a model
@@ -90,12 +91,12 @@ class Sampler:
             start = plumbing.begun_ids(self.tokenizer, messages, thinking_opened)
             begun.append(start if goes_on else [])
         for index, samples in self.generate(requests, n, sampling):
-            replies = []
+            replies, start = [], self.tokenizer.decode(begun[index])
             for sample in samples:
                 written = [t for t in sample.ids if t not in self.eos]
                 text = self.tokenizer.decode(begun[index] + written)
                 sizes = (len(requests[index][1]), len(sample.ids))
-                replies.append(Reply(text, opened[index], *sizes, sample.finish, sample))
+                replies.append(Reply(text, opened[index], *sizes, sample.finish, sample, start))
             yield index, replies
 
     def push(self, model):

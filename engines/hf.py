@@ -247,7 +247,7 @@ class HfSampler(Sampler):
     def __init__(self, model, tokenizer, batch_tokens: int):
         self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
         self.eos = end_tokens(model.generation_config, tokenizer)
-        self.context = getattr(model.config, "max_position_embeddings", math.inf)
+        self.context = plumbing.context_of(model.config)
         self.rows = self.proven_rows()
         self.packed = layers_to_pack(model)
 
@@ -305,7 +305,8 @@ class HfSampler(Sampler):
                 yield index, samples[j * n : j * n + n]
 
     def sample_batch(self, requests, n: int, s: Sampling) -> list[Sample]:
-        """n Samples for each request, request after request; finished rows leave the batch."""
+        """n Samples for each request, request after request; finished rows leave the batch. One
+        that fills the model's context is cut there."""
         batch = self.rows(self.model, [prompt for _, prompt in requests], n, s.max_new_tokens)
         logits, device = batch.logits, self.model.device
         eos = torch.tensor(sorted(self.eos), device=device)
@@ -314,10 +315,12 @@ class HfSampler(Sampler):
             uniforms += [row_uniforms(s.seed, key, k, s.max_new_tokens) for k in range(n)]
         uniforms = torch.stack(uniforms).to(device)  # (R, max_new_tokens)
         rows = torch.arange(len(uniforms), device=device)  # which rows are still in the batch
-        alive = torch.ones_like(rows, dtype=torch.bool)  # which of those have not ended
+        alive = torch.ones_like(rows, dtype=torch.bool)  # which of those go on
         all_tokens = torch.zeros_like(uniforms, dtype=torch.long)
         all_log_probs = torch.zeros_like(uniforms)
-        sizes = torch.full_like(rows, s.max_new_tokens)
+        room = [min(s.max_new_tokens, self.context - len(prompt)) for _, prompt in requests]
+        sizes = torch.tensor(room, device=device).repeat_interleave(n)  # unless it ends before
+        longest = max(len(prompt) for _, prompt in requests)
         ended = torch.zeros_like(alive)
         for step in range(s.max_new_tokens):
             draws = uniforms[rows, step]
@@ -325,11 +328,13 @@ class HfSampler(Sampler):
             all_tokens[rows, step], all_log_probs[rows, step] = tokens, log_probs
             done = alive & torch.isin(tokens, eos)
             sizes[rows[done]], ended[rows[done]] = step + 1, True
-            alive &= ~done
+            alive = step + 1 < sizes[rows]
             left = int(alive.sum())
-            if left == 0 or step + 1 == s.max_new_tokens:
+            if left == 0:
                 break
-            if left <= 0.75 * len(rows):  # a quarter has ended: worth copying the others' cache
+            full = longest + step + 1 >= self.context  # nothing may stand behind it
+            # a quarter has ended: worth copying the others' cache
+            if left <= 0.75 * len(rows) or full and left < len(rows):
                 keep = alive.nonzero().squeeze(1)
                 batch.keep(keep)
                 rows, tokens, alive = rows[keep], tokens[keep], alive[keep]

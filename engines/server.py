@@ -116,10 +116,12 @@ class ServerSampler(Client, Sampler):
 
     def generate(self, requests: list[tuple[str, list[int]]], n: int, s: Sampling):
         """As HfSampler.generate. All that sampling hangs on is said: a penalty left out would be
-        the one of the model's generation config."""
+        the one of the model's generation config. Greedy samples are one: vLLM refuses to draw
+        several."""
+        count = n if s.temperature else 1
         fixed = {
             "model": self.model,
-            "n": n,
+            "n": count,
             "temperature": s.temperature,
             "top_p": s.top_p,
             "logprobs": 0,
@@ -146,9 +148,9 @@ class ServerSampler(Client, Sampler):
                 finish = choice["finish_reason"]
                 if len(ids) == len(log_probs) > 0 and finish in ("stop", "length"):
                     samples.append(Sample(ids, log_probs, finish))
-            return samples if len(samples) == n else None
+            return samples * (n // count) if len(samples) == count else None
 
         gives = "as `vllm serve --logprobs-mode processed_logprobs` gives"
-        wanted = f"completion with {n} choices, token ids and log-probs, {gives}"
+        wanted = f"completion with {count} choices, token ids and log-probs, {gives}"
         create = self.client.completions.with_raw_response.create
         return self.answers(create, bodies, read, wanted)

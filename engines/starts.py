@@ -134,6 +134,11 @@ def beginning(prompt: str, donor: dict) -> tuple[str, str]:
 def start_of(name: str, row: dict, donors: list[dict]) -> str:
     """The text of a start named in STARTS for one harmful prompt; "" where the model writes no
     thinking that could be begun."""
+    if not donors and name == "think-empty":
+        return EMPTY
+    if not donors:
+        what = "no response to a benign prompt is whole, which it could begin like"
+        fail(f"--prefill {name}: {what}; raise --max_new_tokens")
     prompt = prompt_text(row["prompt"])
     donor = nearest(prompt, donors)
     thinks = donor["state"] != "no_thinking"

@@ -44,6 +44,10 @@ class VllmSampler(Sampler):
             extra |= {"enforce_eager": True, "enable_chunked_prefill": False}
         elif here.num_processes > 1:  # one engine and one GPU for each process
             os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus()[here.local_process_index]
+        config = plumbing.model_config(name).get_text_config()
+        context = plumbing.context_of(config)
+        if context < getattr(config, "max_position_embeddings", context):
+            extra["max_model_len"] = context
         self.llm = LLM(
             model=name, enable_prefix_caching=True, logprobs_mode="processed_logprobs", **extra
         )
@@ -52,11 +56,12 @@ class VllmSampler(Sampler):
         self.asleep = False
 
     def generate(self, requests: list[tuple[str, list[int]]], n: int, s: Sampling):
-        """As HfSampler.generate."""
+        """As HfSampler.generate. Greedy samples are one: vLLM refuses to draw several."""
         from vllm import SamplingParams
 
+        count = n if s.temperature else 1
         fixed = {
-            "n": n,
+            "n": count,
             "temperature": s.temperature,
             "top_p": s.top_p,
             "top_k": s.top_k or -1,
@@ -74,7 +79,7 @@ class VllmSampler(Sampler):
                 for o in output.outputs:
                     log_probs = [by_id[t].logprob for t, by_id in zip(o.token_ids, o.logprobs)]
                     samples.append(Sample(list(o.token_ids), log_probs, o.finish_reason))
-                yield index, samples
+                yield index, samples * (n // count)
 
     def load_weights(self, folder: Path):
         """A checkpoint's weights in place of its own; what it cached with the old ones is

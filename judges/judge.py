@@ -78,11 +78,14 @@ def self_check_rule(path: str):
     """self_check(thinking) of a user's file; what it raises is one line."""
     rule = plumbing.load_rule(path, "self_check")
 
-    def self_check(thinking: str):
+    def self_check(thinking: str) -> bool:
         try:
-            return rule(thinking)
+            checks = rule(thinking)
         except Exception as error:  # a user's own code
             fail(f"{path}: self_check() raised {type(error).__name__}: {error}")
+        if checks not in (True, False):
+            fail(f"{path}: self_check() gave {checks!r:.99}, not True or False")
+        return bool(checks)
 
     return self_check
 
@@ -133,7 +136,11 @@ class Judge:
             text = tokenizer.decode(encode_plain(tokenizer, text)[: style.ANSWER_TOKENS])
         answer = {"role": "assistant", "content": text}
         if not style.PROMPT:
-            return [*messages_of(prompt), answer]
+            turns = messages_of(prompt)
+            if turns[0]["role"] == "system" and not getattr(style, "SYSTEM", True):
+                first = f"{turns[0]['content']}\n\n{turns[1]['content']}"
+                turns = [{"role": "user", "content": first}, *turns[2:]]
+            return [*turns, answer]
         if local and not style.CHAT:
             return [*messages_of(prompt_text(prompt)), answer]
         return messages_of(plumbing.fill(style.PROMPT, prompt=prompt_text(prompt), answer=text))
@@ -222,11 +229,18 @@ def judge_samples(judge: Judge, rows: list[dict], path: Path, text_of) -> dict[s
     return {row_id: row["verdicts"] for row_id, row in finished.items()}
 
 
+OPTION = re.compile(r"\\boxed\{\s*(?:\\text\{)?\(?([A-D])(?!\w)")  # as in `\boxed{B) 12 m}`
+
+
 @lru_cache(10_000)  # many samples of a prompt are the same text
 def answer_is_correct(answer: str, gold: str) -> bool:
-    """Maths by math-verify: the last expression in the answer against the gold one."""
+    """Maths by math-verify: the last expression in the answer against the gold one; of the letters
+    A to D, what an answer boxes."""
     from math_verify import parse, verify
 
+    options = OPTION.findall(answer) if gold in tuple("ABCD") else []
+    if options:
+        return options[-1] == gold
     return bool(verify(parse(f"${gold}$"), parse(answer)))
 
 

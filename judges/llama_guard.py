@@ -17,6 +17,7 @@ import re
 PROMPT = None
 CHAT = True  # through the model's chat template, which writes the whole question
 ANSWER_TOKENS = 0
+SYSTEM = False  # the template takes no system turn: it stands before the first one
 REFUSALS = False  # it says nothing of them
 NEW_TOKENS = 100
 

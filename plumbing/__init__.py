@@ -17,15 +17,15 @@ from plumbing.benchmarks import BENCHMARKS, load_benchmark, load_benchmarks
 from plumbing.checks import require_both_labels, require_free_names, require_texts
 from plumbing.checks import require_unseen
 from plumbing.figures import write_evaluation
-from plumbing.loading import choose_dtype, load_whole
-from plumbing.models import dry_config, dry_tokenizer, require_model
-from plumbing.names import base_and_adapter, base_of, content_of, file_label, fingerprint
-from plumbing.names import is_endpoint, load_rule, local_name, model_config, name_pairs
+from plumbing.loading import choose_dtype, load_whole, save_weights
+from plumbing.models import dry_config, dry_tokenizer, require_model, require_trained
+from plumbing.names import base_and_adapter, base_of, content_of, context_of, file_label
+from plumbing.names import fingerprint, is_endpoint, load_rule, local_name, model_config, name_pairs
 from plumbing.names import tokenizer_source
 from plumbing.options import ALL_LINEAR, PRESETS, parse_options
 from plumbing.progress import grpo_history, log_check, log_grpo_step, open_accelerator
 from plumbing.progress import bar_over, one_bar, require_trackers
-from plumbing.prompts import KINDS, fill, kind_of, mixture
+from plumbing.prompts import KINDS, chat_text, fill, kind_of, mixture
 from plumbing.prompts import load_held_out, load_with_boundary
 from plumbing.prompts import load_prompts, prompt_rows, read_source, read_template
 from plumbing.proof import Proof, holds, say_slower

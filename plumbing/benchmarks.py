@@ -160,7 +160,8 @@ def load_benchmark(
     if benchmark and benchmark.instruction:
         for row in rows:
             row["prompt"] = with_instruction(row["prompt"], benchmark.instruction)
-    fields = ("prompt", "gold", "harmful")
+    fields = ["prompt", "gold", "harmful"]
+    fields += ["verdict"] if any("verdict" in row for row in rows) else []
     begun = ("start", "fields") if any("start" in row or "fields" in row for row in rows) else ()
     text = json.dumps([[row.get(name) for name in (*fields, *begun)] for row in rows])
     recipe = {

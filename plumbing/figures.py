@@ -139,6 +139,8 @@ def draw_results(rows: list[dict], models: list[str], judges: list[str], path: P
     import matplotlib.pyplot as plt
 
     columns = panels(rows, judges)
+    if not columns:
+        return
     width = 2 if len(columns) == 4 else min(3, len(columns))
     height = math.ceil(len(columns) / width)
     line = 0.16 + 0.06 * max(1, len(judges))
@@ -266,8 +268,8 @@ def mean_of_shares(rows: list[dict]) -> tuple[float, float, float]:
 
 def tradeoff_points(rows: list[dict], models: list[str], judges: list[str]) -> dict[str, dict]:
     """{model: {metric: (mean, low, high)}} by the first judge, over benchmarks as they are: their
-    attacked variants, named `benchmark.attack`, are left out."""
-    plain = [row for row in leading(rows, judges) if "." not in row["benchmark"]]
+    attacked variants are left out."""
+    plain = [r for r in leading(rows, judges) if r["decoding"] == "preset" and not r["start"]]
     points = {}
     for model in models:
         means = {}
@@ -348,11 +350,11 @@ def draw_categories(categories: list[dict], models: list[str], judge: str, path:
     for row in find(categories, metric="asr"):
         kind = f"{row['category']} ({row['benchmark']})"
         values[row["model"], kind] = row["value"]
-        counts[kind] = row["n"]
+        counts[kind] = max(row["n"], counts.get(kind, 0))
     kinds = sorted(counts)
     if len(kinds) < 2:
         return
-    shares = [[values.get((model, kind), 0) for model in models] for kind in kinds]
+    shares = [[values.get((model, kind), math.nan) for model in models] for kind in kinds]
     size = (0.8 * len(models) + 3.5, 0.3 * len(kinds) + 1.6)
     figure, axis = plt.subplots(figsize=size, layout="constrained")
     axis.imshow(shares, cmap="Reds", vmin=0, vmax=1, aspect="auto")
@@ -360,7 +362,8 @@ def draw_categories(categories: list[dict], models: list[str], judge: str, path:
     for y, line in enumerate(shares):
         for x, share in enumerate(line):
             color = "white" if share > 0.6 else "black"
-            axis.text(x, y, f"{share:.2f}", color=color, **style)
+            text = "–" if math.isnan(share) else f"{share:.2f}"  # no verdict could be read
+            axis.text(x, y, text, color=color, **style)
     axis.set_xticks(range(len(models)), models, rotation=30, ha="right", fontsize=8)
     labels = [f"{kind}, n = {counts[kind]}" for kind in kinds]
     axis.set_yticks(range(len(kinds)), labels, fontsize=8)

@@ -1,5 +1,7 @@
 """A model folder or hub id, loaded whole or refused in one line."""
 
+import copy
+
 import torch
 
 from plumbing.adapters import merge_adapter
@@ -38,9 +40,25 @@ def load_whole(name: str, dtype):
     finally:
         logging.set_verbosity(level)
     require_every_tensor(base, loaded)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # a temperature without do_sample: transformers would refuse to save it
+        model.generation_config.do_sample = True
     if adapter:
         merge_adapter(model, adapter, model_config(base).dtype or torch.float32)
     return model
+
+
+def save_weights(model, state: dict, dtype, folder):
+    """A plain Hugging Face folder with the tensors of `state` in that precision: one for tied
+    weights, buffers as they are, as a model may keep some in float32."""
+    buffers = {name for name, _ in model.named_buffers()}
+    by_id = {id(tensor): tensor.to(dtype) for name, tensor in state.items() if name not in buffers}
+    cast = {name: by_id.get(id(tensor), tensor) for name, tensor in state.items()}
+    model.save_pretrained(folder, state_dict=cast)
+    config = copy.deepcopy(model.config)  # which says the precision that the model is trained in
+    config.dtype = dtype
+    config.save_pretrained(folder)
 
 
 def require_every_tensor(name: str, loaded: dict):

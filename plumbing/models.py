@@ -51,6 +51,34 @@ def require_model(name: str, endpoint: bool = False, served: bool = False, templ
     require_hub_model(name)
 
 
+def require_trained(options):
+    """The same for the model that a stage trains, and for the linear layers that are to get LoRA,
+    by the architecture alone, so that no work is done in vain."""
+    require_model(options.model)
+    if not options.lora_rank:
+        return
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(dry_config(options.model))
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    names = {name.rpartition(".")[2] for name in linear}
+    missing = [target for target in options.lora_targets if target not in names]
+    if len(missing) == len(options.lora_targets):
+        what = f"no linear layer is named {' or '.join(missing)} in {options.model}"
+        fail(f"{what} (--lora_targets: its last part, of {' '.join(sorted(names))})")
+    if missing and os.environ.get("RANK", "0") == "0":
+        others = " ".join(sorted(names - set(options.lora_targets)))
+        print(f"--lora_targets: {options.model} has no {' '.join(missing)}; without LoRA: {others}")
+    head = model.get_output_embeddings()
+    for name, module in linear.items():
+        tied = model.config.get_text_config().tie_word_embeddings
+        if module is head and tied and name.rpartition(".")[2] in options.lora_targets:
+            what = f"the head of {options.model} is its embedding"
+            fail(f"--lora_targets {name}: {what}, which has one tensor for both")
+
+
 def is_path(name: str) -> bool:
     """Whether a name can only be meant as a place on this machine.
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import math
 import os
 import re
 from pathlib import Path
@@ -53,6 +54,17 @@ def model_config(name: str):
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(base_of(name), trust_remote_code=False)
+
+
+def context_of(config) -> float:
+    """Tokens that a model reads. LongRoPE (Phi-3) turns all positions differently once a text is
+    longer than what was first trained on: a cache would mix the two, so it ends there."""
+    config = config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        context = min(context, rope["original_max_position_embeddings"])
+    return context
 
 
 def load_rule(path: str, function: str):

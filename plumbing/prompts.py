@@ -354,6 +354,21 @@ def require_text(row: dict, where: str, spelled: dict[str, str]):
 KINDS = ("harmful", "benign", "maths", "verify")
 
 
+def chat_text(prompt) -> str:
+    """A prompt as one text: of a chat with several turns each behind its role.
+
+    >>> chat_text("hi"), chat_text([{"role": "user", "content": "hi"}])
+    ('hi', 'hi')
+    >>> chat_text([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}])
+    'system: Be brief.\\n\\nuser: hi'
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
 def kind_of(row: dict) -> str:
     if "verdict" in row:
         return "verify"

@@ -50,6 +50,15 @@ def seconds_of(run: Path) -> dict[str, float]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
+def guards_of(made_by: dict | None) -> set[str]:
+    """Guards of the run that trained a model, and of those that its data and its start are from."""
+    if not made_by:
+        return set()
+    guards = {made_by["guard"]} if made_by.get("guard") else set()
+    folders = [made_by.get("responses"), Path(base_of(made_by.get("model") or "")).parent]
+    return guards.union(*(guards_of(options_of(folder)) for folder in folders if folder))
+
+
 def evaluation_recipe(options, models: dict, benchmarks: dict, responses: dict, run: Path) -> dict:
     """What results.json says of models, benchmarks, decoding, code and machine."""
     import torch
@@ -60,8 +69,7 @@ def evaluation_recipe(options, models: dict, benchmarks: dict, responses: dict, 
         made_by = options_of(folder)  # of the stage that trained it, if it lies in a run folder
         content = content_of(local_name(path))
         recipe["models"][name] = {"path": path, "content": content, "made by": made_by}
-        if made_by and "guard" in made_by:
-            recipe["guards in training"].add(made_by["guard"])
+        recipe["guards in training"] |= guards_of(made_by)
     recipe["guards in training"] = sorted(recipe["guards in training"])
     rows = [row for answered in responses.values() for row in answered]
     hardware = platform.machine()

@@ -1,5 +1,6 @@
 """Rows on disk: JSONL files that are appended as rows are made, so that a killed run loses none."""
 
+import glob
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -106,13 +107,13 @@ def once_per_row(
     Every process works on its share, in a file of its own beside `path`, and one that died loses
     nothing: the files are read together, and joined at the end."""
     here = process.processes()
-    own_file = path
+    own_file, shares = path, f"{glob.escape(path.stem)}.process*.jsonl"
     if here.process_index > 0:
         own_file = path.with_suffix(f".process{here.process_index}.jsonl")
 
     def read_all() -> dict[str, dict]:
         finished = {}
-        for file in [path, *path.parent.glob(f"{path.stem}.process*.jsonl")]:
+        for file in [path, *path.parent.glob(shares)]:
             finished |= {row["id"]: row for row in reopen_jsonl(file)}
         here.wait_for_everyone()  # nobody writes while another one reads
         return finished
@@ -125,9 +126,9 @@ def once_per_row(
     here.wait_for_everyone()
     if here.num_processes > 1:
         finished = read_all()
-    shares = list(path.parent.glob(f"{path.stem}.process*.jsonl"))
-    if shares and here.process_index == 0:
+    files = list(path.parent.glob(shares))
+    if files and here.process_index == 0:
         write_jsonl(path, list(finished.values()))
-        for file in shares:
+        for file in files:
             file.unlink()
     return finished

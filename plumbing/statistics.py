@@ -59,8 +59,8 @@ class Measure(dict):
         flags = [flag for one in self.values() for flag in one]
         share = sum(flags) / len(flags)
         is_share = set(flags) <= {True, False}
-        if is_share and (len(flags) == len(self) or share in (0, 1)):  # all prompts agree
-            low, high = wilson(share, len(self))
+        if is_share and (len(flags) == len(self) or share in (0, 1) or len(self) == 1):
+            low, high = wilson(share, len(self))  # one flag a prompt, or all agree
         else:  # several responses of a prompt are not independent, scores are no shares
             counts = [len(one) for one in self.values()]
             differ = len(set(counts)) > 1  # such as the verdicts that count for F1
@@ -68,11 +68,13 @@ class Measure(dict):
         return {"value": curve(share), "low": curve(low), "high": curve(high), "n": len(flags)}
 
     def against(self, first: "Measure") -> dict:
-        """The paired difference to the first model, on the prompts that both have."""
+        """The paired difference to the first model, on the prompts that both have. Fewer than six
+        show nothing, even if all change: half of 2^-5 is more than 0.025 (sign test)."""
         own, other = self.means(), first.means()
         differences = [own[key] - other[key] for key in own if key in other]
         if not differences:
             return {}
         low, high = bootstrap(differences)
         change = {"value": sum(differences) / len(differences), "low": low, "high": high}
-        return {"change": {**change, "inside the noise": low <= 0 <= high}}
+        inside = low <= 0 <= high or len(differences) < 6
+        return {"change": {**change, "inside the noise": inside}}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from plumbing.names import local_name
 from plumbing.options import preset_row
-from plumbing.rows import cut_line, read_jsonl
+from plumbing.rows import cut_line, read_jsonl, reopen_jsonl
 from plumbing.runs import KIND, counted, options_of, summary
 
 
@@ -95,7 +95,7 @@ def summarise_03(run: Path, options, rows, kept, dropped, lost):
     worst = sorted(missed, key=lambda name: missed[name] / asked[name], reverse=True)[:4]
     reasons = in_order(last_reason[row["id"]] for row in lost)
     divergence = f"{figures['data_kl']:.3f} per token of the data"
-    responses = read_jsonl(run / "responses.jsonl")
+    responses = reopen_jsonl(run / "responses.jsonl")  # none if all refusals are fixed
     samples = [sample for row in responses for sample in row["samples"]]
     lines = {
         "prompts": in_order(row["kind"] for row in rows),

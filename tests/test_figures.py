@@ -28,10 +28,11 @@ def wilson(share, n, z=1.959964):
     return sorted(np.roots([1 + z**2 / n, -2 * share - z**2 / n, share**2]).real)
 
 
-def row(metric, benchmark, value, judge="first", model="a", n=200):
+def row(metric, benchmark, value, judge="first", model="a", n=200, decoding="preset", start=""):
     low, high = np.clip(wilson(round(value * n) / n, n), 0, 1)
     return {
         **{"metric": metric, "benchmark": benchmark, "judge": judge, "model": model},
+        **{"decoding": decoding, "start": start},
         **{"value": round(value * n) / n, "low": low, "high": high, "n": n},
     }
 
@@ -220,7 +221,8 @@ def test_tradeoff_gives_accuracy_only_where_it_differs(tmp_path):
 def test_tradeoff_leaves_attacked_variants_out():
     rows = tradeoff_rows()
     before = figures.tradeoff_points(rows, ["a", "b", "c"], JUDGES)
-    rows += [row("asr", "plain.think-open", 1.0, model="b"), row("compliance", "plain.uncut", 0.1, model="b")]
+    rows += [row("asr", "plain.think-open", 1.0, model="b", start="think-open")]
+    rows += [row("compliance", "plain.uncut", 0.1, model="b", decoding="uncut")]
     rows += [row("asr", "plain", 1.0, "third", "b")]  # nor another judge's
     assert figures.tradeoff_points(rows, ["a", "b", "c"], JUDGES) == before
     assert before["b"]["asr"][0] == 0 and figures.tradeoff_label("asr", rows, JUDGES).endswith("plain and hard")

@@ -103,6 +103,14 @@ def test_what_the_server_is_asked(tokenizer, tmp_path):
     assert request == {"model": "tiny/lrm", **sampling, **neutral, "logprobs": 0, "return_token_ids": True}
 
 
+def test_greedy_samples_are_asked_for_once(tokenizer, tmp_path):
+    """vLLM refuses to draw several: they are one."""
+    asked, row, good = [], row_of(tokenizer), answer(GOOD)
+    with serving(always(good), lambda _: good, lambda r: asked.append(r) or row(r), "tiny/lrm") as server:
+        made = ask(server.name, tmp_path / "out.jsonl", 3, Sampling(16, 0.0))
+    assert {r["n"] for r in asked} == {1} and [len(r["samples"]) for r in made] == [3] * 3
+
+
 @pytest.fixture
 def our_server(model, tokenizer):
     """`vllm serve` as far as the stages can see, with our own loop inside."""

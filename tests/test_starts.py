@@ -94,10 +94,10 @@ def test_a_judge_reads_the_conversation_and_goes_on_with_nothing():
     ],
 )
 def test_whose_words(start, written, opened, expected):
-    reply = engines.Reply(start + written, opened, 1, 1, "stop", None)
-    sample = engines.sample_row(reply, start)
+    reply = engines.Reply(start + written, opened, 1, 1, "stop", None, start)
+    sample = engines.sample_row(reply)
     assert (sample["thinking"], sample["answer"], sample["own_thinking"]) == expected
-    assert "own_thinking" not in engines.sample_row(reply)
+    assert "own_thinking" not in engines.sample_row(reply._replace(begun=""))
 
 
 def test_a_start_in_the_models_own_words():

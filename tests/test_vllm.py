@@ -30,9 +30,9 @@ def setup(tokenizer, requests):
 def test_greedy_text_equals_our_loop(setup):
     ours, theirs, requests = setup
     greedy = Sampling(40, 0.0)
-    a, b = dict(ours.generate(requests, 1, greedy)), dict(theirs.generate(requests, 1, greedy))
-    assert [a[i][0].ids for i in sorted(a)] == [b[i][0].ids for i in sorted(b)]
-    assert all(b[i][0].finish == "stop" for i in b)
+    a, b = dict(ours.generate(requests, 2, greedy)), dict(theirs.generate(requests, 2, greedy))
+    assert [[s.ids for s in a[i]] for i in sorted(a)] == [[s.ids for s in b[i]] for i in sorted(b)]
+    assert all(len(b[i]) == 2 and b[i][0].finish == "stop" for i in b)
 
 
 def test_log_probs_are_those_of_a_full_forward_pass(setup):
