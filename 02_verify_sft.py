@@ -82,15 +82,17 @@ class Options(TrainingOptions):
     # writes the critiques: Hugging Face id, folder, or model@URL of an OpenAI-compatible endpoint
     # (paper: Claude 4 Sonnet)
     expert: str = "tiny/expert"
-    spec: str = ""  # text file with S, {prompt} and {answer}; empty = VERIFICATION_PROMPT below
+    # text file with S, {prompt} and {answer}; empty = VERIFICATION_PROMPT in this file
+    spec: str = ""
     # what is trained on: critique and verdict; one of them alone (the paper's ablations); or the
     # expert's own answer to the same prompts, ordinary SFT (the control that the paper lacks)
     target: Literal["full", "verdict", "critique", "answer"] = "full"
     keep_disagreements: bool = False  # also keep critiques whose verdict is not the guard's label
     max_critique_tokens: int = 1024  # longest critique of the expert, tokens (our choice)
-    # with --target answer the expert thinks, and is sampled: greedy makes such models loop
-    max_answer_tokens: int = 8192  # longest thinking and answer of the expert, tokens (our choice)
-    answer_temperature: float = 0.6  # its sampling temperature, with top-p 0.95 (model card)
+    # longest thinking and answer of the expert with --target answer, tokens (our choice)
+    max_answer_tokens: int = 8192
+    # the expert's temperature with --target answer, top-p 0.95 (model card); greedy may loop
+    answer_temperature: float = 0.6
     learning_rate: float = 2e-4  # peak of AdamW (paper)
     epochs: int = 2  # passes over the critiques; fixed for a run folder (paper)
     batch_size: int = 16  # examples per optimizer step (our choice)

@@ -81,7 +81,7 @@ class Options(TrainingOptions):
     importance_cap: float = 0.0  # cap of importance weights pi_old / pi_sampler, as 2; 0 = off
     # mean |log-prob of sampler - of trainer| per token that stops the run: old weights, wrong T
     max_sampler_gap: float = 0.05
-    # AdamW, constant after `warmup_steps`; 0 = 1e-6 (paper), with LoRA 1e-5 (ThinkSafe's code)
+    # AdamW, constant after `warmup_steps`; 0 = the paper's 1e-6, with LoRA 1e-5 (ThinkSafe's code)
     learning_rate: float = 0.0
     warmup_steps: int = 5  # steps with linearly rising learning rate (our choice)
     lora_rank: int = 0  # LoRA rank; 0 trains all weights (paper)

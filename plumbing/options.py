@@ -228,6 +228,21 @@ def short(value) -> str:
     return str(value)
 
 
+def with_source_value(text: str, default) -> str:
+    """A help text whose source has another value than the preset: the dataclass default. The model
+    card is Qwen3's, whatever model the preset names.
+
+    >>> with_source_value("LoRA rank (paper)", 16), with_source_value("T (sister code)", 0.7)
+    ('LoRA rank (paper: 16)', 'T (sister code: 0.7)')
+    >>> with_source_value("top-k sampling, 0 = off (model card)", 20)
+    "top-k sampling, 0 = off (Qwen3's card: 20)"
+    """
+    sources = {"paper": "paper", "sister code": "sister code", "model card": "Qwen3's card"}
+    for source, name in sources.items():
+        text = text.replace(f"({source})", f"({name}: {short(default)})")
+    return text
+
+
 def preset_row(preset: str, stage: str) -> dict:
     """What a preset says to the stage of that number."""
     row = {**PRESETS[preset], "preset": preset}
@@ -258,7 +273,7 @@ def parse_options(cls, description: str, bounds: dict[str, tuple[float, float]] 
         shown = row.get(field.name, default)
         text = texts[field.name]
         if shown != default:
-            text = text.replace("(paper)", f"(paper: {short(default)})")
+            text = with_source_value(text, default)
         add_option(parser, field, shown, text)
     values, unknown = parser.parse_known_args()
     if unknown:

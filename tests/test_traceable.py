@@ -217,10 +217,22 @@ def test_epochs_may_not_grow(tmp_path):
 
 def test_help_says_what_may_grow_and_what_the_paper_has(capsys):
     for stage, words in (
-        (grpo, ["a run goes on with more (default: 40)"]),
+        (
+            grpo,
+            [
+                "a run goes on with more (default: 40)",
+                "(sister code: 0.7) (default: 1.0)",
+                "0 = the paper's 1e-6, with LoRA 1e-5 (ThinkSafe's code) (default: 0.0001)",
+            ],
+        ),
         (
             verify,
-            ["AdamW (paper: 2e-4) (default: 0.0003)", "(paper: 2) (default: 4)", "LoRA rank (paper: 16) (default: 64)"],
+            [
+                "AdamW (paper: 2e-4) (default: 0.0003)",
+                "(paper: 2) (default: 4)",
+                "LoRA rank (paper: 16) (default: 64)",
+                "top-p 0.95 (Qwen3's card: 0.6); greedy",
+            ],
         ),
     ):
         with pytest.raises(SystemExit):
