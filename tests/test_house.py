@@ -7,6 +7,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import started
 from conftest import ROOT
 
 STAGES = sorted(path.stem for path in ROOT.glob("0*.py"))
@@ -153,6 +154,15 @@ def test_words(path):
         if is_ceiling_by_minus(node) or is_return_or_fail(node):
             wrong.append(f"line {node.lineno}: {ast.unparse(node)}")
     assert not wrong, f"{path.relative_to(ROOT)}: {wrong}"
+
+
+# Help -----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("script", ["to_gguf", "counting", "compare", "transcripts", "verdicts"])
+def test_help_says_what_a_script_does_and_does_nothing(script):
+    done = started.run([f"bench/{script}.py", "--help"])
+    first = ast.get_docstring(tree_of(ROOT / f"bench/{script}.py")).split()[:8]
+    assert done.returncode == 0 and " ".join(first) in " ".join(done.stdout.split()), done.stderr
+    assert not (ROOT / "--help").exists()
 
 
 # docs/traps.md --------------------------------------------------------------------------------------------------------
