@@ -202,10 +202,11 @@ NOTE = (
     "Share of harmful prompts (unseen items in unseen wrappers) that are answered, by condition; "
     "compliance: benign ones. T = 1: without top-k and top-p; preset: 0.6. Any of 8: at least one "
     "of eight answers is unsafe. Think-open: the attacker begins the thinking, in the model's own "
-    f"words. Search: broken within {K} queries at T = 1 by best-of-n or a suffix. A-B: trained by "
-    "A, then by B on its checkpoint (SInternal after ThinkSafe on the base's answers). GRPO: "
-    "40 steps, or 100. Mean ± half a 95 % t-interval over seeds of sampling and training; judge: "
-    "the gold rule. The bases are worlds of their own: items, recipes, prompts and base model."
+    f"words. Search: plain prompts broken within {K} queries at T = 1 by best-of-n or a suffix. "
+    "A-B: trained by A, then by B on its checkpoint (SInternal after ThinkSafe on the base's "
+    "answers). GRPO: 40 steps, or 100. Mean ± half a 95 % t-interval over seeds of sampling and "
+    "training; judge: the gold rule. The bases are worlds of their own: items, recipes, prompts and "
+    "base model."
 )
 SHOWN = {c if c not in DECODINGS else f"ASR, {c}": (c, ASR) for c in [*CONDITIONS, *CLOSED]}
 for heading, column in (("compliance", COMPLIANCE), ("sums", SUMS)):

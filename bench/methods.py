@@ -49,7 +49,7 @@ def boxes(runs: Path) -> dict[str, list[tuple[str, str, str]]]:
             (
                 "the guard accepts or drops it",
                 "safe? refused, if x is harmful? answered, if it is benign?\n\nelse another try, "
-                "with a firmer steering text",
+                "with the next steering text",
                 GREY,
             ),
             ("trained, without the steering", f"x: {refused['prompt']}\n\n{response}", GREEN),
