@@ -195,7 +195,7 @@ def claims_of_readme():
          [mean("sinternal", "bare-check", column) for column in ("verify F1 ↑", "ASR wrapped ↓")]),
         ("rank 16 compliance falls to {:.2f} and sums to {:.2f}", paper),
         ("both stay on base 0 ({:.2f} and {:.2f}) and on base 1", chosen),
-        ("On base 2 compliance falls to {:.2f}, after ordinary SFT to {:.2f}; GRPO mends both ({:.2f} and {:.2f})",
+        ("On base 2 compliance falls to {:.2f}, after ordinary SFT (on the expert's answers) to {:.2f}; GRPO mends both ({:.2f} and {:.2f})",
          [share(row, "preset", COMPLIANCE, "2") for row in (S, ordinary, f"{S}+GRPO", f"{ordinary}+GRPO")]),
         ("ASR {:.2f} to {:.2f}, compliance {:.2f}, sums {:.2f}", safe),
         ("without their thinking, compliance is {:.2f}", [mean("thinksafe", "no-reasoning", COMPLIANCE)]),
