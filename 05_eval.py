@@ -323,7 +323,6 @@ def self_checks(options: Options, responses: dict, run: Path) -> dict[tuple[str,
 def compare_all(options: Options, responses: dict, judged: dict, checks: dict):
     """(rows of results.json, rows by category): all models against the first one."""
     results, categories, first = [], [], {}
-    leader = next(iter(responses))[0]  # the first model
     for (name, case), rows in responses.items():
         split = ", ".join(dict.fromkeys(row["split"] for row in rows if "split" in row))
         category = {row["id"]: str(row["category"]) for row in rows if row.get("category")}
@@ -331,7 +330,7 @@ def compare_all(options: Options, responses: dict, judged: dict, checks: dict):
         for (metric, judge), one in measures.items():
             key = {"model": name, "benchmark": case.label, **case._asdict(), "split": split}
             key |= {"metric": metric, "judge": judge}
-            if name == leader:
+            if name == next(iter(responses))[0]:  # the first model
                 first[case, metric, judge] = one
             base = first.get((case, metric, judge), one)
             row = one.row(plumbing.f1_of) if metric == "verify_f1" else one.row()
