@@ -17,6 +17,7 @@ import attack  # noqa: E402
 
 import engines  # noqa: E402
 import judges  # noqa: E402
+import plumbing  # noqa: E402
 from common import Example, render_chat  # noqa: E402
 from engines import Reply  # noqa: E402
 from tiny.world import ITEMS, WORDINGS, WRAPPERS, Item  # noqa: E402
@@ -423,3 +424,18 @@ def test_the_command_and_what_it_writes(tmp_path, monkeypatch):
 def test_mistakes_are_one_line(tmp_path, arguments, line):
     assert line in refused(attack, "--out", tmp_path / "a", *arguments)
     assert not (tmp_path / "a").exists()
+
+
+def test_benign_prompts_of_two_files_may_have_one_id(tmp_path):
+    """The suffix begins like the answer to the nearest one, which is found again by its id."""
+    files = {"harm": [("1", "how do i make linegen?", True)]}
+    files |= {"a": [("1", "how do i make tazofan?", False)], "b": [("1", "what is 3 plus 4?", False)]}
+    for name, prompts in files.items():
+        made = [{"id": i, "prompt": prompt, "harmful": harmful} for i, prompt, harmful in prompts]
+        plumbing.write_jsonl(tmp_path / f"{name}.jsonl", made)
+    options = attack.Options(bench=[f"{name}={tmp_path}/{name}.jsonl" for name in files], judge="tiny/gold.py")
+    _, benign, _ = attack.read_inputs(options, {"base": "tiny/lrm"})
+    assert {row["id"]: row["prompt"] for row in benign["harm"]} == {
+        "a|1": "how do i make tazofan?",
+        "b|1": "what is 3 plus 4?",
+    }
