@@ -229,7 +229,7 @@ def judge_samples(judge: Judge, rows: list[dict], path: Path, text_of) -> dict[s
     return {row_id: row["verdicts"] for row_id, row in finished.items()}
 
 
-OPTION = re.compile(r"\\boxed\{\s*(?:\\text\{)?\(?([A-D])(?!\w)")  # as in `\boxed{B) 12 m}`
+OPTION = re.compile(r"\\boxed\{\s*(?:\\text\{)?\(?([A-D])\s*[).:}]")  # as in `\boxed{B) 12 m}`
 
 
 @lru_cache(10_000)  # many samples of a prompt are the same text

@@ -365,7 +365,8 @@ def draw_categories(categories: list[dict], models: list[str], judge: str, path:
             text = "–" if math.isnan(share) else f"{share:.2f}"  # no verdict could be read
             axis.text(x, y, text, color=color, **style)
     axis.set_xticks(range(len(models)), models, rotation=30, ha="right", fontsize=8)
-    labels = [f"{kind}, n = {counts[kind]}" for kind in kinds]
+    # a dollar would begin a formula
+    labels = [f"{kind}, n = {counts[kind]}".replace("$", r"\$") for kind in kinds]
     axis.set_yticks(range(len(kinds)), labels, fontsize=8)
     figure.suptitle(f"{TITLES['asr']}, by category, judge {judge}", fontsize=9)
     figure.savefig(path, dpi=130)

@@ -254,7 +254,7 @@ def test_a_self_checker_says_true_or_false(tmp_path):
 
 @pytest.mark.parametrize("answer, right", [
     (r"\boxed{B}", True), (r"\boxed{B)}", True), (r"\boxed{(B)}", True), (r"\boxed{\text{B}}", True),
-    (r"\boxed{B) 12 m}", True), (r"\boxed{A}, no: \boxed{B}", True), (r"\boxed{C)}", False), (r"\boxed{BC}", False),
+    (r"\boxed{B) 12 m}", True), (r"\boxed{A}, no: \boxed{B}", True), (r"\boxed{C)}", False), (r"\boxed{A, B}", False), (r"\boxed{BC}", False),
 ])  # fmt: skip
 def test_the_letter_of_an_option(answer, right):
     assert judges.answer_is_correct(answer, "B") is right
@@ -304,7 +304,7 @@ def test_a_category_without_a_verdict_is_no_zero(tmp_path):
     import matplotlib.pyplot as plt
 
     categories = []
-    for model, kind, value, n in (("a", "x", 1.0, 9), ("a", "y", 0.5, 8), ("b", "x", 0.25, 3)):
+    for model, kind, value, n in (("a", "x", 1.0, 9), ("a", "y $ & $", 0.5, 8), ("b", "x", 0.25, 3)):
         row = {"model": model, "category": kind, "benchmark": "plain", "metric": "asr", "value": value, "n": n}
         categories.append(row)
     kept, close = [], plt.close
@@ -313,7 +313,7 @@ def test_a_category_without_a_verdict_is_no_zero(tmp_path):
         figures.draw_categories(categories, ["a", "b"], "j", tmp_path / "c.png")
     axis = kept[0].axes[0]
     assert [text.get_text() for text in axis.texts] == ["1.00", "0.25", "0.50", "–"]
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["x (plain), n = 9", "y (plain), n = 8"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["x (plain), n = 9", r"y \$ & \$ (plain), n = 8"]
     close(kept[0])
 
 
