@@ -86,7 +86,7 @@ def prompt_rows(
                 "the assistant's turn, or a start, begins the response; stage 05 alone takes that"
             )
             fail(f"{where}, field prompt: {what}")
-        for field in keep:
+        for field in keep if rows[-1]["harmful"] else ():  # whose responses alone are begun
             if not isinstance(raw.get(field), str) or not raw[field].strip():
                 fail(f"{where}, field {field}: no text to begin a response with (--prefill)")
             rows[-1].setdefault("fields", {})[field] = raw[field]

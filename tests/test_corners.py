@@ -182,6 +182,14 @@ def test_starts_without_a_whole_benign_response():
         starts.start_of("think-open", row, [])
 
 
+def test_a_field_that_begins_responses_is_asked_of_harmful_prompts_alone():
+    raw = [{"prompt": "how?", "harmful": True, "my": "sure"}, {"prompt": "why?", "harmful": False}]
+    harmful, benign = plumbing.prompt_rows(raw, "x.jsonl", keep=("my",))
+    assert harmful["fields"] == {"my": "sure"} and "fields" not in benign
+    with pytest.raises(SystemExit, match="x.jsonl, row 1, field my: no text to begin a response with"):
+        plumbing.prompt_rows([{"prompt": "how?", "harmful": True}], "x.jsonl", keep=("my",))
+
+
 # Stages ---------------------------------------------------------------------------------------------------------------
 def test_groups_of_equal_rewards_teach_nothing():
     """Whatever the reward: the mean of eight equal float32 numbers is often one unit off."""
