@@ -579,13 +579,12 @@ def read_inputs(options: Options, models: dict[str, str]):
         fail(f"--attacks {wrong[0]}: the attacks are {', '.join(ATTACKS)}")
     bench = plumbing.name_pairs(options.bench, "bench", plumbing.BENCHMARKS)
     tests, recipes, _ = plumbing.load_benchmarks(bench, 0)
-    every_benign = []
-    for name, rows in tests.items():
-        every_benign += [  # an id is unique within its benchmark
-            {**row, "id": f"{name}|{row['id']}"}
-            for row in rows
-            if plumbing.kind_of(row) == "benign"
-        ]
+    every_benign = [  # an id is unique within its benchmark
+        {**row, "id": f"{name}|{row['id']}"}
+        for name, rows in tests.items()
+        for row in rows
+        if plumbing.kind_of(row) == "benign"
+    ]
     harmful, benign = {}, {}
     for name, rows in tests.items():
         own = [row for row in rows if plumbing.kind_of(row) == "harmful"]

@@ -23,9 +23,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -70,11 +68,9 @@ class Shape:
     have no numbers. LoRA of rank r adds r (in + out) weights to each layer named in the targets."""
 
     def __init__(self, name: str, lora_rank: int = 0, lora_targets: tuple[str, ...] = ()):
-        config = plumbing.dry_config(name)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        model = plumbing.unloaded(name)
         linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-        c = config.get_text_config()
+        c = model.config.get_text_config()
         self.layers, self.hidden = c.num_hidden_layers, c.hidden_size
         self.inner, self.vocabulary = c.intermediate_size, c.vocab_size
         size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads

@@ -18,7 +18,7 @@ from plumbing.checks import require_both_labels, require_free_names, require_tex
 from plumbing.checks import require_unseen
 from plumbing.figures import write_evaluation
 from plumbing.loading import choose_dtype, load_whole, save_weights
-from plumbing.models import dry_config, dry_tokenizer, require_model, require_trained
+from plumbing.models import dry_config, dry_tokenizer, require_model, require_trained, unloaded
 from plumbing.names import base_and_adapter, base_of, content_of, context_of, file_label
 from plumbing.names import fingerprint, is_endpoint, load_rule, local_name, model_config, name_pairs
 from plumbing.names import tokenizer_source

@@ -57,12 +57,10 @@ def require_trained(options):
     require_model(options.model)
     if not options.lora_rank:
         return
-    import torch
-    from transformers import AutoModelForCausalLM
+    from torch import nn
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(dry_config(options.model))
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    model = unloaded(options.model)
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     names = {name.rpartition(".")[2] for name in linear}
     missing = [target for target in options.lora_targets if target not in names]
     if len(missing) == len(options.lora_targets):
@@ -71,12 +69,12 @@ def require_trained(options):
     if missing and os.environ.get("RANK", "0") == "0":
         others = " ".join(sorted(names - set(options.lora_targets)))
         print(f"--lora_targets: {options.model} has no {' '.join(missing)}; without LoRA: {others}")
-    head = model.get_output_embeddings()
-    for name, module in linear.items():
-        tied = model.config.get_text_config().tie_word_embeddings
-        if module is head and tied and name.rpartition(".")[2] in options.lora_targets:
-            what = f"the head of {options.model} is its embedding"
-            fail(f"--lora_targets {name}: {what}, which has one tensor for both")
+    output = model.get_output_embeddings()
+    head = next((name for name, module in linear.items() if module is output), "")
+    tied = model.config.get_text_config().tie_word_embeddings
+    if tied and head.rpartition(".")[2] in options.lora_targets:
+        what = f"the head of {options.model} is its embedding"
+        fail(f"--lora_targets {head}: {what}, which has one tensor for both")
 
 
 def is_path(name: str) -> bool:
@@ -127,8 +125,8 @@ def require_tokenizer(name: str, template: bool):
 
 
 def require_adapted(name: str, template: bool):
-    """Ends the program unless `base+adapter` is a model and an adapter that fits it: compared on
-    the meta device, where no weight has a number. Says what the adapter itself says of it."""
+    """Ends the program unless `base+adapter` is a model and an adapter that fits it, by their
+    shapes. Says what the adapter itself says of it."""
     base, adapter = base_and_adapter(name)
     if not adapter:
         hint = "no such folder, and no adapter_config.json in a folder behind the +"
@@ -137,11 +135,7 @@ def require_adapted(name: str, template: bool):
         fail(f"{name} names two adapters; merge the first one into a folder, it takes one")
     has_own = tokenizer_source(name) == adapter
     require_model(base, template=template and not has_own)
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(dry_config(base))
+    model = unloaded(base)
     planned_merge(model, adapter)
     notes, rows = [], model.get_input_embeddings().weight.shape[0]
     if has_own:
@@ -207,6 +201,15 @@ def dry_config(name: str):
 
     name = base_of(name)
     return stand_ins.config_of(name) if name in OUT_OF_REACH else model_config(name)
+
+
+def unloaded(name: str):
+    """The model of that name on the meta device, where no weight has a number."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(dry_config(name))
 
 
 def dry_tokenizer(name: str):

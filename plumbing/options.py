@@ -153,7 +153,7 @@ PRESETS = {  # a row each; an inner dictionary holds what only the stage of that
 
 # Least and largest value of every number among the options; a stage may have others
 BOUNDS = {
-    "seed": (-(2**40), 2**40),
+    "seed": (-(2**40), 2**40),  # times a million it is torch's, of 64 bits
     **dict.fromkeys(["tensor_parallel", "batch_tokens", "max_new_tokens", "n"], (1, math.inf)),
     **dict.fromkeys(["temperature", "top_k", "limit"], (0, math.inf)),
     "top_p": (0, 1),  # above 0

@@ -69,7 +69,7 @@ class Measure(dict):
 
     def against(self, first: "Measure") -> dict:
         """The paired difference to the first model, on the prompts that both have. Fewer than six
-        show nothing, even if all change: half of 2^-5 is more than 0.025 (sign test)."""
+        show nothing: five that all change have p = 2 * 2^-5 = 0.06 (sign test)."""
         own, other = self.means(), first.means()
         differences = [own[key] - other[key] for key in own if key in other]
         if not differences:
