@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import load, next_token_log_probs, refused, rows, run_here
+from conftest import assert_log_probs, load, refused, rows, run_here
+from test_figures import drawn
 from transformers import (
     AutoModelForCausalLM,
     Gemma3Config,
@@ -53,9 +54,7 @@ def test_a_response_ends_where_the_model_can_read_no_more():
         assert {s.finish for samples in made.values() for s in samples} == {"length"}
         for (_, prompt), samples in zip(prompts, made.values()):
             for sample in samples:
-                log_probs = next_token_log_probs(net, [(prompt, sample.ids)])
-                said = log_probs.gather(1, torch.tensor(sample.ids).unsqueeze(1)).squeeze(1)
-                torch.testing.assert_close(torch.tensor(sample.log_probs).double(), said, atol=1e-4, rtol=0)
+                assert_log_probs(net, prompt, sample, 1.0, 1e-4)
 
 
 def test_longrope_is_read_up_to_where_its_positions_change():
@@ -78,9 +77,7 @@ def test_longrope_is_read_up_to_where_its_positions_change():
     together = dict(sampler.generate(prompts, 1, Sampling(60, 1.0)))
     [alone] = dict(sampler.generate(prompts[:1], 1, Sampling(60, 1.0))).values()
     assert len(alone[0].ids) == 16 and len(together[1][0].ids) == 4 and alone[0].ids == together[0][0].ids
-    log_probs = next_token_log_probs(net, [(prompts[0][1], alone[0].ids)])
-    said = log_probs.gather(1, torch.tensor(alone[0].ids).unsqueeze(1)).squeeze(1)
-    torch.testing.assert_close(torch.tensor(alone[0].log_probs).double(), said, atol=1e-4, rtol=0)
+    assert_log_probs(net, prompts[0][1], alone[0], 1.0, 1e-4)
 
 
 def test_a_config_of_text_and_images_is_trained():
@@ -97,11 +94,9 @@ def test_a_config_of_text_and_images_is_trained():
     net = AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=images, **marks)).eval()
     example = Example(numbers(1, 6), numbers(2, 5))
     scorer = TokenScorer(net)
-    found = scorer(*pad_batch([example])).log_probs
-    log_probs = next_token_log_probs(net, [example])
-    expected = log_probs.gather(1, torch.tensor(example.response).unsqueeze(1)).squeeze(1)
+    found = scorer(*pad_batch([example])).log_probs.tolist()
     assert scorer.fast and plumbing.context_of(net.config) == 64
-    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=0)
+    assert_log_probs(net, example.prompt, engines.Sample(example.response, found, "stop"), 1.0, 1e-4)
 
 
 def test_a_temperature_without_do_sample_is_saved(tmp_path):
@@ -118,7 +113,7 @@ def test_a_temperature_without_do_sample_is_saved(tmp_path):
 
 def test_a_checkpoint_has_the_precision_of_its_source(tmp_path):
     """Trained in float32 from bfloat16, twice: the same size, the same dtype in the config, a tied head stored once."""
-    tokenizer, sizes = load_tokenizer("tiny/lrm"), []
+    tokenizer = load_tokenizer("tiny/lrm")
     net = AutoModelForCausalLM.from_pretrained("tiny/lrm", dtype=torch.bfloat16)
     net.save_pretrained(tmp_path / "0")
     for step in (1, 2):
@@ -154,24 +149,16 @@ def test_a_launchers_gradient_accumulation_divides_nothing(monkeypatch):
 
 
 # Samplers -------------------------------------------------------------------------------------------------------------
-def test_a_start_that_the_tokenizer_normalises_is_not_the_models():
+def test_a_start_that_the_tokenizer_normalises_is_not_the_models(monkeypatch):
     """Qwen's tokenizers compose accents: what the attacker wrote comes back in other code points."""
-    tokenizer = load_tokenizer("tiny/lrm")
-    normalised = SimpleNamespace(**{name: getattr(tokenizer, name) for name in ("chat_template", "name_or_path")})
     written = "<think>\nthe cafe\u0301 is fine."
     texts = {0: written, 1: " i check."}
-    normalised.decode = lambda ids: unicodedata.normalize("NFC", "".join(texts[i] for i in ids))
-
-    class Written(engines.Sampler):
-        def generate(self, requests, n, sampling):
-            yield 0, [engines.Sample([1], [0.0], "length")]
-
-    sampler = Written()
-    sampler.tokenizer = normalised
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engines.base.render_chat", lambda *_, **__: ([0], False))
-        patch.setattr(plumbing, "begun_ids", lambda *_: [0])
-        [(_, [reply])] = sampler.replies([("k", [{"role": "assistant", "content": written}])], 1, Sampling(4, 0.0))
+    sampler = engines.Sampler()
+    sampler.generate = lambda *_: [(0, [engines.Sample([1], [0.0], "length")])]
+    sampler.tokenizer = SimpleNamespace(decode=lambda ids: unicodedata.normalize("NFC", "".join(texts[i] for i in ids)))
+    monkeypatch.setattr("engines.base.render_chat", lambda *_, **__: ([0], False))
+    monkeypatch.setattr(plumbing, "begun_ids", lambda *_: [0])
+    [(_, [reply])] = sampler.replies([("k", [{"role": "assistant", "content": written}])], 1, Sampling(4, 0.0))
     assert engines.sample_row(reply)["own_thinking"] == "i check."
 
 
@@ -309,20 +296,13 @@ def test_few_prompts_are_not_certain():
 
 
 def test_a_category_without_a_verdict_is_no_zero(tmp_path):
-    import matplotlib.pyplot as plt
-
     categories = []
     for model, kind, value, n in (("a", "x", 1.0, 9), ("a", "y $ & $", 0.5, 8), ("b", "x", 0.25, 3)):
         row = {"model": model, "category": kind, "benchmark": "plain", "metric": "asr", "value": value, "n": n}
         categories.append(row)
-    kept, close = [], plt.close
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plt, "close", kept.append)
-        figures.draw_categories(categories, ["a", "b"], "j", tmp_path / "c.png")
-    axis = kept[0].axes[0]
+    [axis] = drawn(figures.draw_categories, categories, ["a", "b"], "j", tmp_path / "c.png").axes
     assert [text.get_text() for text in axis.texts] == ["1.00", "0.25", "0.50", "–"]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["x (plain), n = 9", r"y \$ & \$ (plain), n = 8"]
-    close(kept[0])
 
 
 def test_no_panel_is_no_figure(tmp_path):

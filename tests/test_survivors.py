@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
 import random
+import shutil
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -413,22 +417,16 @@ def test_shares_drawn_by_seed(monkeypatch, tmp_path):
     assert drawn[0] == drawn[2] and set(drawn[0][:20]) != set(drawn[1][:20])
 
 
-def two_judges(labels: dict[str, dict[str, str]], kind=True):
-    """(rows, judged): {prompt: {judge: label}}, each prompt of a category of its own."""
-    made = [{"id": i, "prompt": "p", "harmful": True, "category": i, "samples": [sample("", "x")]} for i in labels]
-    judged = {}
-    for judge in next(iter(labels.values())):
-        verdicts = {i: [{"safety": own[judge], "refusal": "no"}] for i, own in labels.items()}
-        judged[judge] = {"answer": verdicts, "response": verdicts}
-    return made, judged
-
-
 def test_categories_are_by_the_first_judge():
     labels = {"a": {"first": "safe", "other": "unsafe"}, "b": {"first": "unsafe", "other": "safe"}}
-    made, judged = two_judges(labels)
+    made = [{"id": i, "prompt": "p", "harmful": True, "category": i, "samples": [sample("", "x")]} for i in labels]
+    judged = {}
+    for judge in ("first", "other"):
+        verdicts = {i: [{"safety": own[judge], "refusal": "no"}] for i, own in labels.items()}
+        judged[judge] = {"answer": verdicts, "response": verdicts}
     key = ("m", evaluate.Case("t", "preset", ""))
     options = evaluate.Options(judges=["first", "other"])
-    results, categories = evaluate.compare_all(options, {key: made}, {key: judged}, {key: {}})
+    _, categories = evaluate.compare_all(options, {key: made}, {key: judged}, {key: {}})
     assert [(r["category"], r["value"], r["judge"]) for r in categories] == [("a", 0.0, "first"), ("b", 1.0, "first")]
 
 
@@ -455,17 +453,8 @@ def test_a_finished_evaluation_takes_more_of_everything(tmp_path):
     run_here(evaluate, *options, *bench)
     file = tmp_path / "run/base/plain.responses.jsonl"
     before = file.stat().st_mtime_ns
-    run_here(
-        evaluate,
-        *options,
-        *bench,
-        "sums=tiny/prompts/test_sums.jsonl",
-        "--decoding",
-        "preset",
-        "greedy",
-        "--prefill",
-        "no=no",
-    )
+    more = ["sums=tiny/prompts/test_sums.jsonl", "--decoding", "preset", "greedy", "--prefill", "no=no"]
+    run_here(evaluate, *options, *bench, *more)
     made = {path.name for path in (tmp_path / "run/base").glob("*.responses.jsonl")}
     assert {f"{name}.responses.jsonl" for name in ("plain", "sums", "plain.greedy", "plain.no", "sums.greedy")} <= made
     assert file.stat().st_mtime_ns == before
@@ -473,7 +462,6 @@ def test_a_finished_evaluation_takes_more_of_everything(tmp_path):
 
 def test_after_an_error_nothing_more_is_asked(tmp_path):
     pytest.importorskip("openai")
-    import time
     from engines.server import Endpoint
 
     client, asked = Endpoint("m@http://127.0.0.1:9/v1"), []
@@ -494,10 +482,8 @@ def test_after_an_error_nothing_more_is_asked(tmp_path):
 def test_a_tenth_is_no_warning():
     cut, whole = {"finish": "length", "state": "closed"}, {"finish": "stop", "state": "closed"}
     assert plumbing.cut_line([cut] + [whole] * 9, 64) == "10.0% of the responses"
-    assert (
-        plumbing.cut_line([cut] * 2 + [whole] * 9, 64)
-        == "WARNING: 18.2% of the responses; raise --max_new_tokens (now 64)"
-    )
+    warning = "WARNING: 18.2% of the responses; raise --max_new_tokens (now 64)"
+    assert plumbing.cut_line([cut] * 2 + [whole] * 9, 64) == warning
 
 
 def test_many_rows_are_all_judged(tmp_path):
@@ -506,9 +492,8 @@ def test_many_rows_are_all_judged(tmp_path):
     made = [{"id": str(i), "prompt": "p", "samples": [sample("", word)]} for i, word in words.items()]
     judge = judges.Judge(str(tmp_path / "rule.py"), generate.Options())
     found = judges.judge_samples(judge, made, tmp_path / "labels.jsonl", lambda s: s["answer"])
-    assert {int(i): [v["safety"] for v in own] for i, own in found.items()} == {
-        i: [w.lower()] for i, w in words.items()
-    }
+    labels = {int(i): [verdict["safety"] for verdict in own] for i, own in found.items()}
+    assert labels == {i: [word.lower()] for i, word in words.items()}
     assert len(rows(tmp_path / "labels.jsonl")) == 600
 
 
@@ -520,8 +505,6 @@ def test_first_and_last_tenth(tmp_path):
 
 
 def test_results_name_the_guard_that_a_checkpoint_was_trained_with(tmp_path):
-    import shutil
-
     for name, options in (("04", {"guard": "some/guard"}), ("02", {"expert": "e"})):
         shutil.copytree("tiny/lrm", tmp_path / name / "checkpoint")
         (tmp_path / name / "options.json").write_text(json.dumps({"options": options}))
@@ -530,11 +513,8 @@ def test_results_name_the_guard_that_a_checkpoint_was_trained_with(tmp_path):
     run_here(evaluate, "--run", tmp_path / "05", *line, "--judges", "tiny/gold.py", "--models", *models)
     recipe = json.loads((tmp_path / "05/results.json").read_text())["recipe"]
     assert recipe["guards in training"] == ["some/guard"]
-    assert [recipe["models"][m]["made by"] for m in ("base", "m02", "m04")] == [
-        None,
-        {"expert": "e"},
-        {"guard": "some/guard"},
-    ]
+    made_by = [recipe["models"][model]["made by"] for model in ("base", "m02", "m04")]
+    assert made_by == [None, {"expert": "e"}, {"guard": "some/guard"}]
     assert "Judges: tiny/gold.py; guard in training: some/guard." in (tmp_path / "05/results.md").read_text()
 
 
@@ -548,7 +528,6 @@ def test_the_summary_of_01_counts_mixed_prompts(tmp_path):
         verdicts[name] = [{"safety": names[sign], "refusal": "no"} for sign in signs]
     plumbing.summarise_01(tmp_path, generate.Options(run=str(tmp_path)), made, verdicts)
     text = (tmp_path / "summary.txt").read_text()
-    print(text)
     assert "2 always safe, 1 always unsafe, 1 mixed, 1 other" in text and "1 always safe, 1 mixed\n" in text
 
 
@@ -566,14 +545,9 @@ def test_targets_are_pefts():
     from peft import LoraConfig
     from plumbing.adapters import is_target
 
+    names = ("self_attn.v_proj", "self_attn.qkv_proj", "mlp.up_proj", "mlp.gate_up_proj", "cross_self_attn.v_proj")
     for targets in (["v_proj"], ["self_attn.v_proj"], ["up_proj", "o_proj"], r".*\.v_proj", "v_proj"):
-        for name in (
-            "self_attn.v_proj",
-            "self_attn.qkv_proj",
-            "mlp.up_proj",
-            "mlp.gate_up_proj",
-            "cross_self_attn.v_proj",
-        ):
+        for name in names:
             path = f"model.layers.0.{name}"
             theirs = bool(peft_utils.check_target_module_exists(LoraConfig(target_modules=targets), path))
             assert is_target({"target_modules": targets}, path) == theirs, (targets, path)
@@ -586,28 +560,15 @@ def test_a_share_is_at_most_one(stage, option, tmp_path):
 
 
 def test_a_finished_grpo_run_asked_again_keeps_its_log(tmp_path):
-    line = [
-        "--run",
-        tmp_path / "run",
-        "--limit",
-        4,
-        "--steps",
-        2,
-        "--batch_size",
-        2,
-        "--group_size",
-        2,
-        "--guard",
-        "tiny/gold.py",
-    ]
-    run_here(grpo, *line, "--max_new_tokens", 40)
+    line = ["--run", tmp_path / "run", "--limit", 4, "--steps", 2, "--batch_size", 2, "--group_size", 2]
+    line += ["--guard", "tiny/gold.py", "--max_new_tokens", 40]
+    run_here(grpo, *line)
     files = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    run_here(grpo, *line, "--max_new_tokens", 40)
+    run_here(grpo, *line)
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == files
 
 
 def test_the_page_shows_the_newest_self_check(tmp_path):
-    import os
     from plumbing.transcripts import checks_of
 
     for age, (tag, says) in enumerate((("bbbbbb", "yes"), ("aaaaaa", "no"), ("cccccc", "no"))):
@@ -623,31 +584,36 @@ def test_the_switch_of_the_thinking_is_the_experts_too(tmp_path, monkeypatch):
     calls = caught(monkeypatch, engines, "answer_prompts")
     for target in ("full", "answer"):
         for thinks in (True, False):
+            line = ["--responses", folder, "--target", target, "--enable_thinking", thinks]
             with pytest.raises(Enough):
-                run_here(
-                    verify,
-                    "--run",
-                    tmp_path / f"{target}{thinks}",
-                    "--responses",
-                    folder,
-                    "--target",
-                    target,
-                    "--enable_thinking",
-                    thinks,
-                )
+                run_here(verify, "--run", tmp_path / f"{target}{thinks}", *line)
             assert calls.pop()[1] == {"enable_thinking": target == "answer" and thinks}
 
 
-def test_the_seed_of_an_endpoint_is_a_small_number_of_seed_and_row(monkeypatch):
+def asked_of_an_endpoint(monkeypatch, chats, n: int, *samplings) -> list[dict]:
+    """The requests that it would be sent."""
     pytest.importorskip("openai")
     from engines.server import Endpoint
 
     client, asked = Endpoint("m@http://127.0.0.1:9/v1"), []
     monkeypatch.setattr(client, "answers", lambda create, requests, *_: asked.extend(requests) or iter(()))
+    for s in samplings:
+        list(client.replies(chats, n, s))
+    return asked
+
+
+def test_what_an_endpoint_is_asked(monkeypatch):
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "p"}]
+    [request] = asked_of_an_endpoint(monkeypatch, [("a", chat)], 3, engines.Sampling(9, 0.6, 0.9, 0, 5))
+    assert isinstance(request.pop("seed"), int)
+    sampling = {"n": 3, "temperature": 0.6, "top_p": 0.9, "max_completion_tokens": 9}
+    assert request == {"model": "m", **sampling, "messages": chat}
+
+
+def test_the_seed_of_an_endpoint_is_a_small_number_of_seed_and_row(monkeypatch):
     chats = [(str(i), [{"role": "user", "content": "p"}]) for i in range(300)]
-    for seed in (0, 1):
-        list(client.replies(chats, 1, engines.Sampling(9, 0.6, 0.9, 0, seed)))
-    seeds = [request["seed"] for request in asked]
+    both = [engines.Sampling(9, 0.6, 0.9, 0, seed) for seed in (0, 1)]
+    seeds = [request["seed"] for request in asked_of_an_endpoint(monkeypatch, chats, 1, *both)]
     assert len(set(seeds)) == 600 and 0 <= min(seeds) and max(seeds) < 2**31
 
 
@@ -673,10 +639,8 @@ def test_the_dropout_of_lora_arrives(stage, tmp_path, monkeypatch):
 def test_many_cut_responses_are_said_by_04(tmp_path):
     step = {"reward": 0.5, **{f"reward_{kind}": None for kind in plumbing.KINDS}, "unparsed": 0.0}
     options = grpo.Options(run=str(tmp_path), max_new_tokens=40)
-    for shares, said in (
-        ((0.0, 0.2), None),
-        ((0.0, 0.5), "WARNING: 25.0% of the responses; raise --max_new_tokens (now 40)"),
-    ):
+    warning = "WARNING: 25.0% of the responses; raise --max_new_tokens (now 40)"
+    for shares, said in (((0.0, 0.2), None), ((0.0, 0.5), warning)):
         plumbing.write_jsonl(tmp_path / "metrics.jsonl", [{**step, "truncated": share} for share in shares])
         assert plumbing.grpo_history(tmp_path, options).get("cut") == said
 
@@ -693,40 +657,15 @@ def test_what_was_answered_before_stays_known(tmp_path):
 
 
 def test_a_limit_draws_from_the_whole_file(tmp_path):
-    plumbing.write_jsonl(
-        tmp_path / "p.jsonl", [{"id": str(i), "prompt": f"p{i}", "harmful": i < 500} for i in range(1000)]
-    )
-    drawn = plumbing.load_prompts([str(tmp_path / "p.jsonl")], 100)
-    assert len(drawn) == 100 and drawn == plumbing.load_prompts([str(tmp_path / "p.jsonl")], 100)
+    file, rows_in_it = tmp_path / "p.jsonl", range(1000)
+    plumbing.write_jsonl(file, [{"id": str(i), "prompt": f"p{i}", "harmful": i < 500} for i in rows_in_it])
+    drawn = plumbing.load_prompts([str(file)], 100)
+    assert len(drawn) == 100 and drawn == plumbing.load_prompts([str(file)], 100)
     assert 25 < sum(row["harmful"] for row in drawn) < 75
-    assert plumbing.load_prompts([str(tmp_path / "p.jsonl")], 1000) == plumbing.load_prompts(
-        [str(tmp_path / "p.jsonl")]
-    )
-
-
-def test_what_an_endpoint_is_asked(monkeypatch):
-    pytest.importorskip("openai")
-    from engines.server import Endpoint
-
-    client, asked = Endpoint("m@http://127.0.0.1:9/v1"), []
-    monkeypatch.setattr(client, "answers", lambda create, requests, *_: asked.extend(requests) or iter(()))
-    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "p"}]
-    list(client.replies([("a", chat)], 3, engines.Sampling(9, 0.6, 0.9, 0, 5)))
-    [request] = asked
-    assert isinstance(request.pop("seed"), int)
-    assert request == {
-        "model": "m",
-        "n": 3,
-        "temperature": 0.6,
-        "top_p": 0.9,
-        "max_completion_tokens": 9,
-        "messages": chat,
-    }
+    assert plumbing.load_prompts([str(file)], 1000) == plumbing.load_prompts([str(file)])
 
 
 def test_options_may_be_spelled_with_dashes(monkeypatch):
-    import sys
-
     for name in ("--max_new_tokens", "--max-new-tokens"):
         monkeypatch.setattr(sys, "argv", ["01_generate.py", name, "7"])
         assert plumbing.parse_options(generate.Options, generate.__doc__).max_new_tokens == 7
